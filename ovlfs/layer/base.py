@@ -86,9 +86,6 @@ class Layer(Protocol):
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
         """What the layer says about `name`; None: nothing.  Raises NotADirectoryError (ENOTDIR)."""
 
-    def list(self, directory: Ref) -> Iterator[tuple[Name, What]]:
-        """Every name that `lookup` would not answer None for, once each, in no particular order."""
-
     def attr(self, ref: Ref) -> Attr:
         """The inode's attributes."""
 
@@ -106,3 +103,6 @@ class Layer(Protocol):
 
     def extents(self, ref: Ref) -> tuple[int, list[Extent]]:
         """Where a regular file's bytes are: a new descriptor that the caller closes, and the extents in order."""
+
+    def list(self, directory: Ref) -> Iterator[tuple[Name, What]]:
+        """Every name that `lookup` would not answer None for, once each, in no particular order."""

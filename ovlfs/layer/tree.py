@@ -1,0 +1,373 @@
+"""What is known of the mounted tree right now?
+
+`Tree` owns every inode and every name that the mount has looked at: nodeid, lookup count, names, attributes, the
+objects of the layers that serve it, and for a directory that has been read its merged children.  Nobody keeps a
+second copy of any of it.  Overlay code changes the disk first and then says so here, with one of the few mutations
+(`add`, `link`, `remove`, `move`, `exchange`, `set_upper`, `set_attr`, `forget`).
+
+This module is the readable reference; native/tree.c is the same in C, and tests/model runs both against each other.
+`ovlfs.layer.open_tree` picks the native one, OVLFS_PURE_PYTHON=1 this one.
+
+Identity (see ovlfs.ids): an inode's nodeid is its st_ino, so that a plain FUSE session (which cannot tell the kernel
+two numbers) shows the right one.  Only when an unlinked inode, which the kernel still holds, has the number
+already, a fresh nodeid is taken from 2^62 upwards.  The root is 1, whatever its st_ino.
+
+Hard links: names that lead to the same st_ino share one inode.
+
+Memory: an inode whose lookup count falls to 0 is dropped, unless it is a directory with known children that live.
+All that it said can be found again on disk; its name stays listed with its cookie.
+
+Not thread-safe: one thread at a time (the trio thread).
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ovlfs.ids import ROOT_NODEID, Ino, Name, NodeId
+from ovlfs.layer import merge
+from ovlfs.layer.base import Attr
+from ovlfs.layer.directory import DirLayer
+from ovlfs.layer.merge import Found, Layers, Source
+from ovlfs.layer.origin import decode
+
+_FRESH_NODEID = 1 << 62
+ABSENT = NodeId(0)
+
+
+@dataclass(slots=True, eq=False)
+class Inode:
+    """One inode of the mounted tree.  Read it freely; change it only through the Tree.
+
+    Attributes:
+        ino: the st_ino to show.
+        attr: the attributes to show.
+        upper: the upperdir has it (its path there is its path in the tree).
+        lower: below the upperdir: for a directory all sources that merge, top first; else at most one: the object
+            that serves it (not `upper`), that has its data (`metacopy`), or nothing.
+        metacopy: `upper`, but the data is still in `lower`.
+        redirect: an upper directory that was moved: it carries overlay.redirect.
+        upper_ino: the real inode number in the upperdir, 0 without.
+        nlookup: how many times the kernel was told of it and has not forgotten.
+    """
+
+    nodeid: NodeId
+    ino: Ino
+    attr: Attr
+    upper: bool
+    lower: tuple[Source, ...]
+    metacopy: bool = False
+    redirect: bool = False
+    upper_ino: int = 0
+    nlookup: int = 0
+    names: list[tuple["Inode", Name]] = field(default_factory=list)
+    children: "_Children | None" = None
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a directory."""
+        return stat.S_ISDIR(self.attr.mode)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether it still has a name (the root has none, and counts as linked)."""
+        return bool(self.names) or self.nodeid == ROOT_NODEID
+
+
+class _Children:
+    """The names of a merged directory, in an order that never changes: a name's cookie is its place, from 1."""
+
+    def __init__(self) -> None:
+        self.order: list[Name | None] = [None]
+        self.by_name: dict[Name, tuple[int, Inode | None]] = {}
+
+    def put(self, name: Name, inode: Inode | None) -> None:
+        cookie = self.by_name[name][0] if name in self.by_name else len(self.order)
+        if cookie == len(self.order):
+            self.order.append(name)
+        self.by_name[name] = (cookie, inode)
+
+    def remove(self, name: Name) -> None:
+        cookie, _ = self.by_name.pop(name)
+        self.order[cookie] = None
+
+
+class Tree:
+    """The live tree over a stack of layers (layers[0] is the upperdir's DirLayer, or None)."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self._upper = layers[0]
+        self._inodes: dict[NodeId, Inode] = {}
+        self._by_ino: dict[Ino, Inode] = {}
+        self._fresh = _FRESH_NODEID
+        sources = tuple(merge.roots(layers, 0))
+        self._insert(self._inode_of(Found(True, sources, sources[0]), b"", ROOT_NODEID))
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def get(self, nodeid: NodeId) -> Inode:
+        """The inode of a nodeid.  Raises OSError(ESTALE) for one that is not, or no longer, known."""
+        try:
+            return self._inodes[nodeid]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def lookup(self, parent: NodeId, name: Name) -> NodeId:
+        """The nodeid of a name, ABSENT (0) if the directory has no such name.  Does not count as a lookup.
+
+        Raises: NotADirectoryError (ENOTDIR); ESTALE; the layers' errors.
+        """
+        directory = self.get(parent)
+        children = self._merged(directory)
+        known = children.by_name.get(name)
+        if known is None:
+            return ABSENT
+        inode = known[1] or self._resolve(directory, children, name)
+        return inode.nodeid if inode else ABSENT
+
+    def is_empty(self, nodeid: NodeId) -> bool:
+        """Whether a directory has no (visible) names."""
+        return not self.list(nodeid, 0, 1)
+
+    def path(self, nodeid: NodeId) -> bytes | None:
+        """A path of the inode from the root, b"" for the root itself; None when it has no name any more."""
+        inode = self.get(nodeid)
+        parts: list[bytes] = []
+        while inode.nodeid != ROOT_NODEID:
+            if not inode.names:
+                return None
+            inode, name = inode.names[0]
+            parts.append(name)
+        return b"/".join(reversed(parts))
+
+    def names(self, nodeid: NodeId) -> list[tuple[NodeId, Name]]:
+        """All names of the inode that are known so far: (nodeid of the directory, name)."""
+        return [(parent.nodeid, name) for parent, name in self.get(nodeid).names]
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    # ---- mutations: the disk is changed already ------------------------------------------------------------------
+
+    def add(self, parent: NodeId, name: Name, attr: Attr, upper_ino: int, ino: Ino) -> NodeId:
+        """A new object in the upperdir, merging with nothing below.  The name must be absent."""
+        directory = self.get(parent)
+        children = self._merged(directory)
+        assert name not in children.by_name
+        inode = Inode(self._new_nodeid(ino), ino, attr, upper=True, lower=(), upper_ino=upper_ino)
+        if inode.is_dir:
+            inode.children = _Children()
+        self._insert(inode)
+        self._attach(inode, directory, name)
+        return inode.nodeid
+
+    def link(self, nodeid: NodeId, parent: NodeId, name: Name) -> None:
+        """Another name for an inode.  The name must be absent."""
+        directory = self.get(parent)
+        assert name not in self._merged(directory).by_name
+        self._attach(self.get(nodeid), directory, name)
+
+    def remove(self, parent: NodeId, name: Name) -> None:
+        """The name is gone.  The inode stays until the kernel forgets it."""
+        directory = self.get(parent)
+        children = self._merged(directory)
+        inode = children.by_name[name][1]
+        children.remove(name)
+        if inode is not None:
+            inode.names.remove((directory, name))
+            self._drop_if_unused(inode)
+
+    def move(self, parent: NodeId, name: Name, new_parent: NodeId, new_name: Name) -> None:
+        """The name is now another one; what had the new name, if anything, has lost it."""
+        old_directory, new_directory = self.get(parent), self.get(new_parent)
+        if new_name in self._merged(new_directory).by_name:
+            self.remove(new_parent, new_name)
+        inode = self._child(old_directory, name)
+        self._merged(old_directory).remove(name)
+        inode.names.remove((old_directory, name))
+        self._attach(inode, new_directory, new_name)
+
+    def exchange(self, parent: NodeId, name: Name, new_parent: NodeId, new_name: Name) -> None:
+        """Two names have swapped their inodes."""
+        one, other = self.get(parent), self.get(new_parent)
+        first, second = self._child(one, name), self._child(other, new_name)
+        first.names.remove((one, name))
+        second.names.remove((other, new_name))
+        self._attach(first, other, new_name)
+        self._attach(second, one, name)
+
+    def set_upper(self, nodeid: NodeId, upper_ino: int, *, metacopy: bool) -> None:
+        """The inode was copied up (metacopy: its data still is in `lower`)."""
+        inode = self.get(nodeid)
+        inode.upper, inode.upper_ino, inode.metacopy = True, upper_ino, metacopy
+        if not inode.is_dir and not metacopy:
+            inode.lower = ()
+
+    def set_redirect(self, nodeid: NodeId) -> None:
+        """The inode carries overlay.redirect now."""
+        self.get(nodeid).redirect = True
+
+    def set_attr(self, nodeid: NodeId, attr: Attr) -> None:
+        """These are the attributes now."""
+        self.get(nodeid).attr = attr
+
+    def ref(self, nodeid: NodeId) -> None:
+        """The kernel was told of the inode once more."""
+        self.get(nodeid).nlookup += 1
+
+    def forget(self, nodeid: NodeId, nlookup: int) -> bool:
+        """The kernel has forgotten `nlookup` lookups.  True when the inode is known no longer (or never was)."""
+        inode = self._inodes.get(nodeid)
+        if inode is None:
+            return True
+        inode.nlookup = max(0, inode.nlookup - nlookup)
+        if inode.nlookup == 0 and inode.children is not None:
+            for _, child in list(inode.children.by_name.values()):
+                if child is not None:
+                    self._drop_if_unused(child)
+        self._drop_if_unused(inode)
+        return nodeid not in self._inodes
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def sources(self, inode: Inode) -> tuple[Source, ...]:
+        """All objects that serve an inode, top first, the upperdir's own included."""
+        if not inode.upper or not inode.is_linked:
+            return inode.lower
+        return (Source(0, self.path(inode.nodeid) or b""), *inode.lower)
+
+    def _merged(self, directory: Inode) -> _Children:
+        if directory.children is None:
+            if not directory.is_dir:
+                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            children = _Children()
+            if directory.is_linked:
+                for name in merge.names(self.layers, self.sources(directory)):
+                    children.put(name, None)
+            directory.children = children
+        return directory.children
+
+    def _child(self, directory: Inode, name: Name) -> Inode:
+        return self.get(self.lookup(directory.nodeid, name))
+
+    def _resolve(self, directory: Inode, children: _Children, name: Name) -> Inode | None:
+        found = merge.lookup(self.layers, self.sources(directory), name)
+        if found is None:
+            children.remove(name)  # listed, but only a lookup could see that it is whited out
+            return None
+        path = self.path(directory.nodeid)
+        inode = self._inode_of(found, b"%s/%s" % (path, name) if path else name)
+        inode = self._insert(inode)
+        self._attach(inode, directory, name)
+        return inode
+
+    def _inode_of(self, found: Found, path: bytes, nodeid: NodeId = ABSENT) -> Inode:
+        """An inode for what a lookup found; not yet in the tables."""
+        layer = self.layers[found.attributes.layer]
+        assert layer is not None
+        attr = layer.attr(found.attributes.ref)
+        if found.is_dir and len(found.sources) > 1:
+            attr = _with_nlink(attr, 1)  # as the kernel: a merged directory does not count its subdirectories
+        upper = found.sources[0].layer == 0
+        lower = found.sources[1:] if upper else found.sources
+        upper_ino = 0
+        if upper:
+            assert isinstance(self._upper, DirLayer)
+            upper_ino, ino = self._identify_upper(path, lower if found.is_dir else ())
+        else:
+            owner = self.layers[lower[0].layer]
+            assert owner is not None
+            ino = owner.ino(lower[0].ref)
+            if not found.is_dir and len(lower) > 1:
+                lower = (lower[0], lower[-1])  # metadata in one lower layer, data in another
+        return Inode(
+            nodeid or ABSENT, ino, attr, upper, lower, found.metacopy, found.redirect is not None, upper_ino
+        )  # fmt: skip
+
+    def _identify_upper(self, path: bytes, lower: Sequence[Source]) -> tuple[int, Ino]:
+        """(real inode number, st_ino to show) of an upper object: the st_ino of what it was copied up from.
+
+        Kernel: fs/overlayfs/inode.c: ovl_getattr().
+        """
+        upper = self._upper
+        assert isinstance(upper, DirLayer)
+        with upper.located(path) as at:
+            st = os.stat(at, follow_symlinks=at.endswith(b"/."))
+            if lower:
+                layer = self.layers[lower[0].layer]
+                assert layer is not None
+                return st.st_ino, layer.ino(lower[0].ref)
+            value = upper.own_xattr(at, b"origin")
+        origin = decode(self.layers, value) if value is not None else None
+        return st.st_ino, origin if origin is not None else upper.ino_of(st)
+
+    def _insert(self, inode: Inode) -> Inode:
+        """Enter an inode into the tables, or find the one that has its st_ino already (another hard link)."""
+        same = self._by_ino.get(inode.ino)
+        if same is not None:
+            if not inode.is_dir and same.is_linked and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
+                return same
+            if inode.upper and inode.nodeid == ABSENT:  # two upper objects of one origin: the later shows its own
+                assert isinstance(self._upper, DirLayer)
+                inode.ino = self._upper.inos.ino(os.fstat(self._upper.fd).st_dev, inode.upper_ino)
+        if inode.nodeid == ABSENT:
+            inode.nodeid = self._new_nodeid(inode.ino)
+        self._inodes[inode.nodeid] = inode
+        self._by_ino.setdefault(inode.ino, inode)
+        return inode
+
+    def _new_nodeid(self, ino: Ino) -> NodeId:
+        wanted = NodeId(ino)
+        if wanted > ROOT_NODEID and wanted not in self._inodes:
+            return wanted
+        self._fresh += 1
+        return NodeId(self._fresh)
+
+    def _attach(self, inode: Inode, directory: Inode, name: Name) -> None:
+        self._merged(directory).put(name, inode)
+        inode.names.append((directory, name))
+
+    def _drop_if_unused(self, inode: Inode) -> None:
+        """Drop an inode that the kernel does not hold, and then its parents for which it was the last reason."""
+        while inode.nlookup == 0 and inode.nodeid != ROOT_NODEID:
+            if inode.children is not None and any(child for _, child in inode.children.by_name.values()):
+                return
+            self._inodes.pop(inode.nodeid, None)
+            if self._by_ino.get(inode.ino) is inode:
+                del self._by_ino[inode.ino]
+            parents = [parent for parent, _ in inode.names]
+            for parent, name in inode.names:
+                if parent.children is not None:
+                    parent.children.put(name, None)
+            inode.names.clear()
+            if len(parents) != 1:
+                return
+            inode = parents[0]
+
+    def list(self, nodeid: NodeId, after: int, most: int = 1 << 30) -> list[tuple[int, Name, NodeId]]:
+        """Up to `most` (cookie, name, nodeid) of a directory whose cookie is above `after`, in cookie order."""
+        directory = self.get(nodeid)
+        children = self._merged(directory)
+        found: list[tuple[int, Name, NodeId]] = []
+        for cookie in range(max(after, 0) + 1, len(children.order)):
+            if len(found) >= most:
+                break
+            name = children.order[cookie]
+            if name is not None:
+                child = children.by_name[name][1] or self._resolve(directory, children, name)
+                if child is not None:
+                    found.append((cookie, name, child.nodeid))
+        return found
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._inodes.values())
+
+
+def _with_nlink(attr: Attr, nlink: int) -> Attr:
+    return Attr(
+        attr.mode, nlink, attr.uid, attr.gid, attr.rdev, attr.size, attr.blocks,
+        attr.atime_ns, attr.mtime_ns, attr.ctime_ns,
+    )  # fmt: skip
