@@ -28,6 +28,8 @@ _ZEROS = bytes(_BLOCK)
 
 MARKERS = (b"manifest.json", b"oci-layout", b"index.json", b"repositories")
 """Members at the root that make a tar an image archive (form.py says which of them are enough)."""
+ROOTFS = frozenset({b"usr", b"etc", b"bin"})
+"""Names at the root that no image archive has, and no root file system lacks."""
 
 
 class MemberKind(enum.Enum):
@@ -62,7 +64,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class MemberTable:
-    """The members by cleaned name.  `complete` is False for a tar with too many members to be an image."""
+    """The members by cleaned name.  `complete` is False for a tar that is no image archive: it has a name of ROOTFS,
+    or too many members; the rest of it was not read."""
 
     members: dict[bytes, Member]
     complete: bool
@@ -151,6 +154,8 @@ def read_members(fd: int, size: int, where: Where) -> MemberTable:
         name = pax.get(b"path") or long_name or _ustar_name(header)
         link = pax.get(b"linkpath") or long_link or header[157:257].split(b"\0", 1)[0]
         cleaned = clean_name(name)
+        if cleaned.partition(b"/")[0] in ROOTFS:
+            return MemberTable(members, complete=False)
         if cleaned:  # the root itself, which docker-drag writes as "/", is no member
             sort = _KINDS.get(kind, MemberKind.OTHER)
             if sort is MemberKind.FILE and name.endswith(b"/"):

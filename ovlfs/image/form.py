@@ -165,12 +165,9 @@ def recognise(path: bytes, store: Callable[[], Store], progress: Progress | None
     return Recognised(form, compression, archive=files, diff_id=diff_id, has_oci=has_oci)
 
 
-_ROOTFS = frozenset({b"usr", b"etc", b"bin"})
-
-
 def _archive_form(table: MemberTable) -> tuple[Form, bool]:
     names = table.members
-    if not table.complete or any(name.partition(b"/")[0] in _ROOTFS for name in names):
+    if not table.complete:
         return Form.ROOTFS_TAR, False
     has_oci = b"index.json" in names and (
         b"oci-layout" in names or any(name.startswith(b"blobs/sha256/") for name in names)
