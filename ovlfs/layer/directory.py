@@ -14,7 +14,6 @@ A `Ref` is a path relative to the layer's root, b"" for the root.  Every access 
 import errno
 import os
 import stat
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,16 +27,15 @@ OPAQUE_NAME = Name(b".wh..wh..opq")
 TRUSTED = b"trusted.overlay."
 USER = b"user.overlay."
 NAME_MAX = 255
-_DIRFD_CACHE = 64
 _NO_XATTR = frozenset((errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM))
 """getxattr errors that mean "not there": absent; a file system without xattrs; trusted.* or user.* on an inode that
 cannot have it.  Anything else is a real error and is raised."""
 
 
-def getxattr(path: bytes, name: bytes) -> bytes | None:
-    """The value of an xattr of `path` itself (no symlink followed), or None when there is none."""
+def getxattr(path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+    """The value of an xattr, or None when there is none.  `follow`: the path is a sys.fd_path of the object itself."""
     try:
-        return os.getxattr(path, name, follow_symlinks=False)
+        return os.getxattr(path, name, follow_symlinks=follow)
     except OSError as error:
         if error.errno in _NO_XATTR:
             return None
@@ -101,14 +99,10 @@ class DirLayer:
         self.oci = oci
         self.override = override
         self.inos = inos
-        self._dirfds: OrderedDict[bytes, int] = OrderedDict()
         self._multilinks: dict[int, list[bytes]] | None = None
 
     def close(self) -> None:
-        """Give the descriptors back."""
-        for fd in self._dirfds.values():
-            os.close(fd)
-        self._dirfds.clear()
+        """Give the descriptor back."""
         os.close(self.fd)
 
     @contextmanager
@@ -120,10 +114,10 @@ class DirLayer:
         finally:
             os.close(fd)
 
-    def own_xattr(self, path: bytes, name: bytes) -> bytes | None:
+    def own_xattr(self, path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
         """The value of the overlay's own xattr `name` (b"origin", ...) of the object at `path`, or None."""
         for prefix in self.prefixes:
-            value = getxattr(path, prefix + name)
+            value = getxattr(path, prefix + name, follow=follow)
             if value is not None:
                 return value
         return None
@@ -175,26 +169,27 @@ class DirLayer:
             return self.attr_at(path)
 
     def attr_at(self, path: bytes) -> Attr:
-        """The attributes of the object at `path` (below /proc/self/fd)."""
-        st = os.lstat(path) if not path.endswith(b"/.") else os.stat(path)
+        """The attributes of the object at `path`, as `located` gives it."""
+        st = os.stat(path)
         override = None
         if self.override and stat.S_IFMT(st.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
-            value = getxattr(path, OVERRIDE_XATTR)
+            value = getxattr(path, OVERRIDE_XATTR, follow=True)
             override = parse_override(value) if value is not None else None
         return attr_of(st, override)
 
     @contextmanager
     def located(self, ref: bytes) -> Iterator[bytes]:
-        """A path of the object `ref` through its parent's descriptor, valid inside the with block."""
-        parent, _, name = ref.rpartition(b"/")
-        with self.directory(parent) as dirfd:
-            yield sys.fd_path(dirfd, name or b".")
+        """A path of the object `ref` itself, valid inside the with block; calls must follow it (sys.fd_path)."""
+        fd = sys.open_beneath(self.fd, ref, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            yield sys.fd_path(fd)
+        finally:
+            os.close(fd)
 
     def ino(self, ref: Ref) -> Ino:  # noqa: D102
         assert isinstance(ref, bytes)
         with self.located(ref) as path:
-            st = os.lstat(path)
-        return self.ino_of(st)
+            return self.ino_of(os.stat(path))
 
     def ino_of(self, st: os.stat_result) -> Ino:
         """The st_ino to show for an object of this layer's file system."""
@@ -202,11 +197,18 @@ class DirLayer:
 
     def readlink(self, ref: Ref) -> bytes:  # noqa: D102
         assert isinstance(ref, bytes)
-        with self.located(ref) as path:
-            if self.override and stat.S_ISREG(os.lstat(path).st_mode):
-                with open(path, "rb") as file:  # a symlink whose owner only override_stat can hold
-                    return file.read(4096)
-            return os.readlink(path)
+        fd = sys.open_beneath(self.fd, ref, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            return self.readlink_at(fd)
+        finally:
+            os.close(fd)
+
+    def readlink_at(self, fd: int) -> bytes:
+        """The target of the symlink that `fd` (O_PATH) is."""
+        if self.override and stat.S_ISREG(os.fstat(fd).st_mode):
+            with open(sys.fd_path(fd), "rb") as file:  # a symlink whose owner only override_stat can hold
+                return file.read(4096)
+        return os.readlink(b"", dir_fd=fd)
 
     def xattrs(self, ref: Ref) -> dict[bytes, bytes]:  # noqa: D102
         assert isinstance(ref, bytes)
@@ -217,7 +219,7 @@ class DirLayer:
         """What xattrs() gives, of the object at `path`."""
         found: dict[bytes, bytes] = {}
         try:
-            listed = os.listxattr(path, follow_symlinks=False)
+            listed = os.listxattr(path)
         except OSError as error:
             if error.errno in _NO_XATTR:
                 return found
@@ -226,7 +228,7 @@ class DirLayer:
             raw = os.fsencode(text)
             shown = self.shown_xattr(raw)
             if shown is not None:
-                value = getxattr(path, raw)
+                value = getxattr(path, raw, follow=True)
                 if value is not None:
                     found[shown] = value
         return found
@@ -250,7 +252,7 @@ class DirLayer:
     def links(self, ref: Ref) -> list[bytes]:  # noqa: D102
         assert isinstance(ref, bytes)
         with self.located(ref) as path:
-            st = os.lstat(path)
+            st = os.stat(path)
         if st.st_nlink == 1 or stat.S_ISDIR(st.st_mode):
             return [ref]
         if self._multilinks is None:
@@ -291,7 +293,7 @@ class DirLayer:
         assert isinstance(directory, bytes)
         fd = sys.open_beneath(self.fd, directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            has_xattr_whiteouts = self.own_xattr(sys.fd_path(fd), b"opaque") == b"x" if directory else True
+            has_xattr_whiteouts = self.own_xattr(sys.fd_path(fd), b"opaque", follow=True) == b"x" if directory else True
             with os.scandir(fd) as entries:
                 found = [
                     (Name(os.fsencode(entry.name)), self._what(fd, entry, has_xattr_whiteouts)) for entry in entries

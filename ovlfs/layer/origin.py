@@ -53,7 +53,7 @@ def encode(layers: Layers, source: Source) -> bytes | None:
     assert isinstance(source.ref, bytes)
     try:
         with layer.located(source.ref) as path:
-            kind, handle = sys.name_to_handle(sys.AT_FDCWD, path)
+            kind, handle = sys.name_to_handle(sys.AT_FDCWD, path, sys.AT_SYMLINK_FOLLOW)
     except OSError as error:
         if error.errno in _NO_HANDLE:
             return None

@@ -48,7 +48,7 @@ class Inode:
         lower: below the upperdir: for a directory all sources that merge, top first; else at most one: the object
             that serves it (not `upper`), that has its data (`metacopy`), or nothing.
         metacopy: `upper`, but the data is still in `lower`.
-        redirect: an upper directory that was moved: it carries overlay.redirect.
+        redirect: `upper`, and moved there from elsewhere: the upper object carries overlay.redirect.
         upper_ino: the real inode number in the upperdir, 0 without.
         nlookup: how many times the kernel was told of it and has not forgotten.
     """
@@ -284,7 +284,7 @@ class Tree:
             if not found.is_dir and len(lower) > 1:
                 lower = (lower[0], lower[-1])  # metadata in one lower layer, data in another
         return Inode(
-            nodeid or ABSENT, ino, attr, upper, lower, found.metacopy, found.redirect is not None, upper_ino
+            nodeid or ABSENT, ino, attr, upper, lower, found.metacopy, upper and found.redirect is not None, upper_ino
         )  # fmt: skip
 
     def _identify_upper(self, path: bytes, lower: Sequence[Source]) -> tuple[int, Ino]:
@@ -295,12 +295,12 @@ class Tree:
         upper = self._upper
         assert isinstance(upper, DirLayer)
         with upper.located(path) as at:
-            st = os.stat(at, follow_symlinks=at.endswith(b"/."))
+            st = os.stat(at)
             if lower:
                 layer = self.layers[lower[0].layer]
                 assert layer is not None
                 return st.st_ino, layer.ino(lower[0].ref)
-            value = upper.own_xattr(at, b"origin")
+            value = upper.own_xattr(at, b"origin", follow=True)
         origin = decode(self.layers, value) if value is not None else None
         return st.st_ino, origin if origin is not None else upper.ino_of(st)
 
@@ -308,7 +308,8 @@ class Tree:
         """Enter an inode into the tables, or find the one that has its st_ino already (another hard link)."""
         same = self._by_ino.get(inode.ino)
         if same is not None:
-            if not inode.is_dir and same.is_linked and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
+            lives = same.is_linked or same.attr.nlink > 0  # all its names that were known are gone, here is another
+            if not inode.is_dir and lives and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
                 return same
             if inode.upper and inode.nodeid == ABSENT:  # two upper objects of one origin: the later shows its own
                 assert isinstance(self._upper, DirLayer)
