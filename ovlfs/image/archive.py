@@ -65,7 +65,8 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class MemberTable:
     """The members by cleaned name.  `complete` is False for a tar that is no image archive: it has a name of ROOTFS,
-    or too many members; the rest of it was not read."""
+    or too many members; the rest of it was not read.
+    """
 
     members: dict[bytes, Member]
     complete: bool

@@ -30,7 +30,7 @@ _ARCHITECTURES = {
     "loongarch64": ("loong64", ""),
 }
 _SYSTEMS = {"macos": "darwin"}
-_PART = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ARM64_VARIANT = re.compile(r"v([89])(?:\.([0-9]{1,2}))?")
 
 

@@ -21,7 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ovlfs import _native
 from ovlfs.errors import ImageError, LayerError, printable
@@ -165,9 +165,10 @@ def _waiting(layer: LayerBlob, progress: Progress | None) -> Callable[[], None]:
 def _check_plain_digest(layer: LayerBlob) -> None:
     """Digest and diff_id of a layer that is stored uncompressed are of the same bytes."""
     digest = layer.digest
-    if digest is None or digest == layer.diff_id:
+    if digest is None:
         return
-    if split_digest(digest)[0] == split_digest(layer.diff_id)[0]:
+    (algorithm, encoded), (plain_algorithm, plain_encoded) = split_digest(digest), split_digest(layer.diff_id)
+    if algorithm == plain_algorithm and encoded != plain_encoded:
         raise ImageError(
             f"{layer.blob.where}: is stored uncompressed, so its digest {digest} should be its diff_id {layer.diff_id}"
         )
@@ -309,7 +310,7 @@ class _Hashing:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash") if size >= _PARALLEL_FROM else None
         self._queue: deque[Future[None]] = deque()
 
-    def __enter__(self) -> "_Hashing":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
