@@ -94,7 +94,7 @@ class Layout:
         config: bytes | None = None,
         config_type: str = OCI + "config.v1+json",
         media_type: str = OCI + "manifest.v1+json",
-        **changes: Any,
+        changes: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Put a manifest of `layers`, stored as they are or as `stored`; the answer is its descriptor."""
         layers = LAYERS if layers is None else layers
@@ -105,7 +105,7 @@ class Layout:
             "config": self.put(raw_config, config_type),
             "layers": [self.put(one, layer_type) for one in (layers if stored is None else stored)],
         }
-        return self.put(dumps(document | changes), media_type)
+        return self.put(dumps(document | (changes or {})), media_type)
 
     def nest(self, entries: list[dict[str, Any]], media_type: str = OCI + "index.v1+json") -> dict[str, Any]:
         return self.put(dumps({"schemaVersion": 2, "mediaType": media_type, "manifests": entries}), media_type)
