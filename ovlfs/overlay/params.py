@@ -68,7 +68,11 @@ class MountFlags:
     """What the options say about the mount as such, and about the command.
 
     Attributes:
-        suid, dev: set-uid bits and device nodes have effect; not unless asked for, an image is a stranger's.
+        suid, dev: set-uid bits and device nodes have effect; not unless asked for, since an image is a stranger's.
+        exec: programs can be executed.
+        sync, dirsync: as mount(8) says.
+        max_read: bytes; the kernel's default if None.
+        fsname: what mount(8) shows as the source.
         allow_other: other users may enter; None: if root mounts.
         allow_root: root may enter besides the user who mounts.
         security: SELinux words (`context=...`), for the kernel.
@@ -79,14 +83,12 @@ class MountFlags:
     suid: bool = False
     dev: bool = False
     exec: bool = True
-    symfollow: bool = True
     sync: bool = False
     dirsync: bool = False
     allow_other: bool | None = None
     allow_root: bool = False
     max_read: int | None = None
     fsname: str | None = None
-    subtype: str | None = None
     security: tuple[str, ...] = ()
     platform: str = ""
     ephemeral: bool = False
@@ -354,8 +356,6 @@ _FLAGS: dict[str, Callable[[_Parsed], None]] = {
     "nodev": _flag(dev=False),
     "exec": _flag(exec=True),
     "noexec": _flag(exec=False),
-    "symfollow": _flag(symfollow=True),
-    "nosymfollow": _flag(symfollow=False),
     "sync": _flag(sync=True),
     "async": _flag(sync=False),
     "dirsync": _flag(dirsync=True),
@@ -422,7 +422,7 @@ _VALUES: dict[str, _Value] = {
     # FUSE
     "max_read": _max_read,
     "fsname": _text("fsname"),
-    "subtype": _text("subtype"),
+    "subtype": _choice(ovlfs=_NOTHING),  # `ovlfs mounts` knows its mounts by it
     # SELinux
     "context": _security,
     "fscontext": _security,
@@ -441,6 +441,7 @@ _NOTHING_TO_DO = frozenset(
         # Times of access are never written: every file of a lower layer that is read would have to be copied up.
         *("atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime"),
         *("lazytime", "nolazytime"),
+        "symfollow",
         # Always so: the kernel checks permissions.
         "default_permissions",
         # Credentials are the daemon's, the mounter's own, in any case (kernel overlayfs 6.16).
@@ -456,6 +457,7 @@ _REFUSED = {
     "remount": "unmount it and mount it again",
     "bind": "it is not for file systems of this type",
     "move": "it is not for file systems of this type",
+    "nosymfollow": "libfuse does not pass it on",
     "plugins": "layers come from directories and images only",
     "ino32_t": "inode numbers have 64 bits",
     "auto_unmount": "a dead mount is removed by the next mount, or by `ovlfs umount`",
