@@ -40,7 +40,7 @@
 
 typedef int ovl_err_t;
 
-#define OVL_INDEX_MAGIC "ovlfsix1"
+#define OVL_INDEX_MAGIC "ovlfsix1" /* 8 bytes, not terminated */
 #define OVL_INDEX_VERSION 1u
 /* How many directories deep a layer may be; also what stops a walk to the root in a damaged image. */
 #define OVL_INDEX_DEPTH_MAX 2048u

@@ -1,0 +1,38 @@
+/*
+ * module.h - what the parts of the extension module share
+ *
+ * Each py_<thing>.c makes one or a few Python types and has one entry point here, `int ovl_add_<thing>(module)`:
+ * 0, or -1 with an exception set.  module.c calls them in the order of the list below.  State lives in the module,
+ * never in static variables: a second interpreter gets its own.
+ */
+#ifndef OVL_MODULE_H
+#define OVL_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "index.h"
+
+/* Owned references, released with the module. */
+struct ovl_module_state {
+	PyObject *tar_error;           /* exception type TarError */
+	PyTypeObject *tarscanner_type; /* TarScanner */
+	PyTypeObject *index_type;      /* Index */
+};
+
+static inline struct ovl_module_state *ovl_module_state(PyObject *module)
+{
+	return PyModule_GetState(module);
+}
+
+int ovl_add_tarscan(PyObject *module);
+int ovl_add_index(PyObject *module);
+
+/* The C index inside an Index object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything
+ * else. */
+const struct ovl_index *ovl_index_from_object(PyObject *module, PyObject *object);
+
+/* Sets the Python exception for an ovl_err_t: MemoryError, or OSError with the errno.  Returns NULL. */
+PyObject *ovl_raise(ovl_err_t err);
+
+#endif
