@@ -19,6 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -334,6 +335,8 @@ class Operations(pyfuse3.Operations):
         )
         async with self._locks.holding(target.nodeid):
             if change.size is not None:
+                if change.size == 0 < target.attr.size and change.mtime_ns is None:
+                    change = replace(change, mtime_ns=time.time_ns())  # the copy will be empty from the start
                 await self._bring_data(target, truncate=change.size == 0)
             else:
                 await self._bring_data(target, wanted=copy_up.need_data(self._stack, target))
@@ -393,9 +396,13 @@ class Operations(pyfuse3.Operations):
             return self._open(target, flags)
         async with self._locks.holding(target.nodeid):
             truncate = bool(flags & os.O_TRUNC)
+            before = target.attr
             await self._bring_data(target, truncate=truncate)
+            if target.attr != before and not truncate:
+                # An open does not make the kernel ask for the attributes again.  Safe here: it takes no lock.
+                pyfuse3.invalidate_inode(inode, attr_only=True)
             if truncate:
-                attr.set_(self._stack, target, attr.Change(size=0))
+                attr.set_(self._stack, target, attr.Change(size=0, mtime_ns=time.time_ns()))  # O_TRUNC: also if it was empty
             return self._open(target, flags)
 
     @_handler

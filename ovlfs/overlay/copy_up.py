@@ -55,6 +55,7 @@ def metadata(stack: Stack, inode: Inode) -> None:
     if inode.upper:
         return
     stack.need_upper()
+    _need_name(stack, inode)
     copy = _Copy(stack, inode)
     if stat.S_ISREG(inode.attr.mode) and inode.attr.size > 0:
         if not stack.metacopy:
@@ -62,6 +63,20 @@ def metadata(stack: Stack, inode: Inode) -> None:
         copy.publish(metacopy=True)
     else:
         copy.publish(metacopy=False)
+
+
+def _need_name(stack: Stack, inode: Inode) -> None:
+    """A lower inode whose name was removed cannot be copied up any more: there is no place for the copy.
+
+    Kernel: ovl_copy_up_flags() goes by the dentry, and so finds its whiteout in the way (EEXIST), or a parent in the
+    upperdir that is gone itself (ENOENT).
+    """
+    if inode.is_linked:
+        return
+    parent = stack.last_parent.get(inode.nodeid)
+    gone = parent is not None and parent.upper and not parent.is_linked
+    code = errno.ENOENT if gone else errno.EEXIST
+    raise OSError(code, os.strerror(code))
 
 
 def need_data(stack: Stack, inode: Inode) -> bool:
@@ -90,6 +105,7 @@ def begin(stack: Stack, inode: Inode, *, truncate: bool = False) -> "DataCopy | 
     if inode.upper and not inode.metacopy:
         return None
     if not inode.upper:
+        _need_name(stack, inode)
         copy = _Copy(stack, inode)
         temp = upper.temp_name()
         upper.owner.make(upper.work_fd, temp, NewObject(stat.S_IFREG, inode.attr.uid, inode.attr.gid))
@@ -129,7 +145,6 @@ class DataCopy:
     ) -> None:
         self._stack, self._inode, self._fd = stack, inode, fd
         self._temp, self._copy = temp, copy
-        self._before = os.fstat(fd)
         self._size = 0 if truncate else inode.attr.size
         self._caps = _capabilities(fd) if copy is None else {}
         self._source: tuple[int, list[Extent]] | None = None
@@ -172,7 +187,7 @@ class DataCopy:
             os.ftruncate(self._fd, 0)
         for name, value in self._caps.items():
             os.setxattr(path, name, value)  # writing has removed it
-        os.utime(self._fd, ns=(self._before.st_atime_ns, self._before.st_mtime_ns))
+        # The times stay as the writing has left them: with the kernel, too, opening a metacopy for writing changes mtime.
         upper.drop_own(path, b"metacopy")
         upper.drop_own(path, b"redirect")
         inode = self._inode

@@ -114,7 +114,7 @@ def unlink(stack: Stack, parent: Inode, name: bytes) -> None:
     inode = namei.get(stack, parent, name)
     if inode.is_dir:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    with _unlinking(stack, inode):
+    with _unlinking(stack, inode, parent):
         _remove(stack, parent, Name(name), inode)
 
 
@@ -125,7 +125,7 @@ def rmdir(stack: Stack, parent: Inode, name: bytes) -> None:
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not stack.tree.is_empty(inode.nodeid):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-    with _unlinking(stack, inode):
+    with _unlinking(stack, inode, parent):
         _remove(stack, parent, Name(name), inode)
 
 
@@ -143,7 +143,7 @@ def _remove(stack: Stack, parent: Inode, name: Name, inode: Inode) -> None:
 
 
 @contextmanager
-def _unlinking(stack: Stack, inode: Inode) -> Iterator[None]:
+def _unlinking(stack: Stack, inode: Inode, parent: Inode) -> Iterator[None]:
     """Around the loss of one of an inode's names: keep hold of an upper object that loses its last, count the links."""
     nodeid = inode.nodeid
     last = len(stack.tree.names(nodeid)) == 1
@@ -158,18 +158,17 @@ def _unlinking(stack: Stack, inode: Inode) -> Iterator[None]:
             os.close(fd)
         raise
     try:
-        inode = stack.tree.get(nodeid)
+        stack.tree.get(nodeid)
     except OSError:  # ESTALE: the kernel does not hold it, nobody can ask for it again
         if fd >= 0:
             os.close(fd)
         return
+    if last:
+        stack.last_parent[nodeid] = parent
     if fd >= 0:
         stack.orphans[nodeid] = fd
-    if inode.upper:
+    if inode.upper:  # a lower inode keeps the link count of its layer, as with the kernel
         stack.refresh(nodeid)
-    else:
-        nlink = 0 if inode.is_dir else max(0, inode.attr.nlink - 1)
-        stack.tree.set_attr(nodeid, replace(inode.attr, nlink=nlink))
 
 
 def rename(
@@ -220,7 +219,7 @@ def rename(
             _move(stack, inode, (path, old_last), (new_path, new_last), hide_old=hide_old)
             stack.tree.move(parent.nodeid, old_last, new_parent.nodeid, new_last)
         else:
-            with _unlinking(stack, other):
+            with _unlinking(stack, other, new_parent):
                 if other.upper and other.is_dir and upper.has_names(stack.upper_path(other.nodeid)):
                     _clear_empty(stack, other, new_path, new_last)
                 _move(stack, inode, (path, old_last), (new_path, new_last), hide_old=hide_old, over=other)

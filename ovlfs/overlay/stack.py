@@ -41,6 +41,7 @@ class Stack:
         metacopy: whether a change of attributes copies only those.
         volatile: whether nothing is ever synced.
         orphans: descriptors (O_PATH) of upper objects that have no name any more but are still in use.
+        last_parent: of inodes that have no name any more but are still in use, the directory where the last one was.
     """
 
     def __init__(self, lowers: Sequence[Layer], upper: Upper | None, params: Params, *, kernel_userxattr: bool) -> None:
@@ -51,6 +52,7 @@ class Stack:
         self.events = Events()
         self.volatile = params.volatile
         self.orphans: dict[NodeId, int] = {}
+        self.last_parent: dict[NodeId, Inode] = {}
         # Under `userxattr` the kernel follows neither redirects nor metacopies (params.c: ovl_fs_params_verify()),
         # so an upperdir that it shall be able to mount must do without, unless asked for.
         self.redirect = not kernel_userxattr if params.redirect_dir is None else params.redirect_dir
@@ -95,6 +97,7 @@ class Stack:
     def forget(self, nodeid: NodeId, nlookup: int) -> None:
         """The kernel has forgotten an inode `nlookup` times."""
         if self.tree.forget(nodeid, nlookup):
+            self.last_parent.pop(nodeid, None)
             fd = self.orphans.pop(nodeid, None)
             if fd is not None:
                 os.close(fd)
