@@ -17,7 +17,8 @@ from ovlfs.errors import ImageError, printable
 MAX_DEPTH = 64
 """Nesting of one document; real ones have about 6."""
 
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+"""Strings, also one without an end: so each byte is looked at once, whatever the document is."""
 
 
 def parse_json(raw: bytes, where: str, limit: int) -> Any:

@@ -40,8 +40,8 @@ class FileIdentity:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def settled(self) -> bool:
-        """False if the file changed so recently that its next change might show the same times."""
-        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > _SETTLE_NS
+        """False if the file changed so recently that its next change might show the same ctime."""
+        return time.time_ns() - self.ctime_ns > _SETTLE_NS
 
     def same_content(self, now: "FileIdentity") -> bool:
         """Whether an open file is unchanged: a rename, a new link or an unlink changes ctime and is no change."""

@@ -24,7 +24,6 @@ import fcntl
 import hashlib
 import os
 import pwd
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -168,7 +167,7 @@ class Store:
 
     def _new_temp(self, target: bytes) -> Temp:
         while True:
-            name = b"tmp/" + secrets.token_hex(8).encode()
+            name = b"tmp/" + os.urandom(8).hex().encode()
             fd = os.open(self._full(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
             if os.fstat(fd).st_nlink:

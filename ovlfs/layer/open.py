@@ -9,8 +9,8 @@ second mount reads only the index; any change of the file means verifying again.
 Several processes, and several threads of one, may open the same layer: the first does the work under the blob's lock,
 the others wait and use it.
 
-While mounted: `ImageLayer.check` tells whether the file is still the one that was verified.  It is called for every
-`extents`, that is when a file is opened; a reader that gets fewer bytes than an extent has must answer EIO.
+While mounted: `ImageLayer.check` tells whether the file still has the content that was verified.  It is called for
+every `extents`, that is when a file is opened; a reader that gets fewer bytes than an extent has must answer EIO.
 
 Spec: image-spec layer.md, config.md "Layer DiffID".
 """
@@ -20,7 +20,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Self
 
 from ovlfs import _native
@@ -32,7 +32,7 @@ from ovlfs.image.form import WHOLE, Progress, is_verified
 from ovlfs.image.image import Image, LayerBlob
 from ovlfs.image.store import Store, write_all
 from ovlfs.layer.base import Extent, Ref
-from ovlfs.layer.tar import TarLayer, scan
+from ovlfs.layer.tar import TarLayer, layer_error, scan
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -49,22 +49,41 @@ _QUEUED = 4
 class ImageLayer(TarLayer):
     """A layer of an image, and the file that it was verified in."""
 
-    def __init__(
-        self, index: bytes, fd: int, *, base_offset: int, layer_number: int, identity: FileIdentity, where: Where
-    ) -> None:
-        """Takes ownership of `fd`, which has `identity`."""
-        super().__init__(index, fd, base_offset=base_offset, layer_number=layer_number)
-        self._image_fd = fd
-        self._identity = identity
-        self.where = where
+    def __init__(self, index: bytes, source: "_Range", *, layer: LayerBlob, number: int) -> None:
+        """Takes ownership of the descriptor of `source`, whose bytes are verified."""
+        super().__init__(index, source.fd, base_offset=source.offset, layer_number=number)
+        self._source = source
+        self._diff_id = layer.diff_id
+        self.where = layer.blob.where
+
+    def close(self) -> None:
+        """Close the file.  Nothing may be asked afterwards."""
+        os.close(self._source.fd)
 
     def check(self) -> None:
         """Raise OSError (EIO) if the file was changed or truncated since it was verified.
 
-        Costs one fstat.  A file that was renamed, linked or unlinked meanwhile is unchanged.
+        Costs one fstat.  A file that was renamed, linked or unlinked meanwhile is unchanged; one that has a new mtime
+        and its old size is hashed again, so `touch` does not break a mount.
         """
-        if not self._identity.same_content(FileIdentity.of(self._image_fd)):
-            raise OSError(errno.EIO, f"{self.where}: the file was changed while it was mounted")
+        now = FileIdentity.of(self._source.fd)
+        if self._source.identity.same_content(now):
+            return
+        if now.size == self._source.identity.size and self._still_verified(now):
+            self._source.identity = now
+            return
+        raise OSError(errno.EIO, f"{self.where}: the file was changed while it was mounted")
+
+    def _still_verified(self, now: FileIdentity) -> bool:
+        source = self._source
+        try:
+            with _Hashing(self._diff_id, source.length) as hashing:
+                for chunk in read_range(source.fd, source.offset, source.length, self.where):
+                    hashing.update(chunk)
+                hashing.check(self.where, "the layer")
+        except ImageError:
+            return False
+        return FileIdentity.of(source.fd) == now
 
     def extents(self, ref: Ref) -> tuple[int, list[Extent]]:
         """See Layer; EIO if the file is no longer the one that was verified."""
@@ -111,20 +130,17 @@ def open_layers(image: Image, store: Store, *, progress: Progress | None = None)
             pool.submit(open_layer, layer, store, number=number, progress=progress)
             for number, layer in enumerate(image.layers)
         ]
-        opened, failures = [], []
+        wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
-            try:
-                opened.append(future.result())
-            except (OSError, ImageError) as error:
-                failures.append(error)
-                for later in futures:
-                    later.cancel()
-        # A cancelled future raises CancelledError, but comes after the one that failed, or never ran.
-    if failures:
-        for layer in opened:
-            layer.close()
-        raise failures[0]
-    return opened
+            future.cancel()  # without effect unless one failed
+    finished = [future for future in futures if not future.cancelled()]
+    failures = [error for error in (future.exception() for future in finished) if error is not None]
+    if not failures:
+        return [future.result() for future in finished]
+    for future in finished:
+        if future.exception() is None:
+            future.result().close()
+    raise failures[0]
 
 
 class _Range:
@@ -191,9 +207,15 @@ def _open_range(layer: LayerBlob, source: _Range, store: Store, number: int, pro
             elif index is None:
                 index = scan(source.fd, source.offset, source.length, whiteouts=layer.whiteouts, where=where)
                 store.save_index(name, index)
-    return ImageLayer(
-        index, source.fd, base_offset=source.offset, layer_number=number, identity=source.identity, where=where
-    )
+    try:
+        return ImageLayer(index, source, layer=layer, number=number)
+    except OSError as error:
+        if error.errno != errno.EUCLEAN:
+            raise
+    # An index that its own checksum confirms, of a format that this scanner no longer reads.
+    index = scan(source.fd, source.offset, source.length, whiteouts=layer.whiteouts, where=where)
+    store.save_index(name, index)
+    return ImageLayer(index, source, layer=layer, number=number)
 
 
 def _verify(layer: LayerBlob, source: _Range, index: bytes | None, progress: Progress | None) -> bytes:
@@ -284,21 +306,16 @@ class _Scanning:
             try:
                 self._scanner.feed(chunk)
             except _native.TarError as error:
-                self._error = _layer_error(error, self._where)
+                self._error = layer_error(self._where, error)
 
     def finish(self) -> bytes:
         """The index image, or the LayerError."""
         if self._error is not None:
             raise self._error
         try:
-            return bytes(self._scanner.finish())
+            return self._scanner.finish()
         except _native.TarError as error:
-            raise _layer_error(error, self._where) from error
-
-
-def _layer_error(error: "_native.TarError", where: Where) -> LayerError:
-    name = f" (entry '{printable(error.name[:200])}')" if error.name else ""
-    return LayerError(where, f"{error.rule}{name}", error.offset)
+            raise layer_error(self._where, error) from error
 
 
 class _Hashing:

@@ -436,6 +436,7 @@ def test_h36_json_nested_deeply(tmp_path: Path, store: Store, depth: int, unit: 
         (b'[{"Config":"x","Layers":{"a":1}}]', "field 'Layers' should be a list, not an object"),
         (b"\xff\xfe[\0]\0", "is not JSON"),
         (b'"' + b"\\" * 99_999, "is not JSON"),
+        (b'"\\' * 400_000, "is not JSON"),
     ],
 )
 def test_h36_manifest_json_that_is_something_else(tmp_path: Path, store: Store, raw: bytes, rule: str) -> None:
@@ -713,17 +714,22 @@ def test_h42_image_changed_between_open_and_layers(tmp_path: Path, store: Store,
 def test_h42_image_changed_while_mounted_is_eio(tmp_path: Path, store: Store, how: str) -> None:
     """Neither zeros nor another file's bytes."""
     path = saved(tmp_path, docker_archive())
+    os.utime(path, ns=(1, 1))
     image = open_image(str(path), store=store)
     layer = open_layer(image.layers[2], store, number=2)
     layer.check()
-    os.utime(path, ns=(1, 1)) if how == "overwritten" else None
-    change(path, how)
+    if how == "truncated":
+        change(path, how)
+    else:
+        with path.open("r+b") as file:
+            file.seek(image.layers[2].blob.offset + 1100)
+            file.write(b"evil")
     with pytest.raises(OSError, match=r"hostile\.tar: .*the file was changed while it was mounted"):
         layer.check()
     layer.close()
 
 
-@pytest.mark.parametrize("how", ["replaced", "renamed", "removed", "linked"])
+@pytest.mark.parametrize("how", ["replaced", "renamed", "removed", "linked", "touched"])
 def test_h42_image_replaced_while_mounted_stays_what_it_was(tmp_path: Path, store: Store, how: str) -> None:
     """The open file is the old one, whatever the name means now."""
     path = saved(tmp_path, docker_archive())
@@ -734,6 +740,8 @@ def test_h42_image_replaced_while_mounted_stays_what_it_was(tmp_path: Path, stor
         path.rename(tmp_path / "other")
     elif how == "linked":
         os.link(path, tmp_path / "other")
+    elif how == "touched":
+        os.utime(path, ns=(1, 1))
     else:
         path.unlink()
     layer.check()
