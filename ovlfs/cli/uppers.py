@@ -1,0 +1,210 @@
+"""Where are the changes of a mount kept?
+
+Three ways:
+
+* kept for the image: in the store, `uppers/NAME/{upper,work,image.json}`, NAME made of the image's path and tag, so
+  that mounting the same image again finds the changes again;
+* `--upper DIR`: where the user says, with a workdir `DIR.work` and a note `DIR.image.json` beside it;
+* `--ephemeral`: in the store, `ephemeral/RANDOM/{upper,work}`, removed at unmount; what a killed daemon left is
+  removed by the next mount.
+
+The note says over which image (chain_id) the changes were made.  Changes shown over another image would be nonsense
+(whiteouts of files that never were, half of a file from here and half from there), so that is refused.  Nothing of
+ours is put into an upperdir.
+
+An upperdir is claimed with flock(2) as long as it is mounted, whichever workdir comes with it; overlay/stack.py does
+the same with the workdir.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ovlfs.errors import MountError, printable
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_NOTE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An upperdir, its workdir, and where the note about its image is (None: there is none to keep)."""
+
+    upperdir: bytes
+    workdir: bytes
+    note: bytes | None = None
+    ephemeral: bool = False
+
+
+def chosen(upperdir: bytes, workdir: bytes | None) -> Place:
+    """What the user chose with --upper and --work; the directories are made if they are not there."""
+    upperdir = os.path.abspath(upperdir)
+    workdir = upperdir + b".work" if workdir is None else os.path.abspath(workdir)
+    for path in (upperdir, workdir):
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o755 if path == upperdir else 0o700)
+        except OSError as error:
+            raise MountError(f"{printable(path)}: {error.strerror}") from error
+    return noted(Place(upperdir, workdir))
+
+
+def noted(place: Place) -> Place:
+    """`place` with its note beside the upperdir."""
+    return replace(place, note=os.path.realpath(place.upperdir) + b".image.json")
+
+
+def kept_for(store: bytes, image: bytes, choice: str) -> Place:
+    """Where the changes to an image are kept: the same place each time.
+
+    Args:
+        store: the store's path.
+        image: the image's path.
+        choice: what tells the image from others in the same file: its tag, its platform.
+    """
+    path = os.path.realpath(image)
+    digest = hashlib.sha256(path + b"\0" + os.fsencode(choice)).hexdigest()[:12]
+    name = b"%s-%s" % (os.path.basename(path)[:200] or b"image", digest.encode())
+    place = os.path.join(store, b"uppers", name)
+    _make_private(os.path.join(store, b"uppers"), place)
+    return Place(*_make_pair(place), note=place + b"/image.json")
+
+
+def _make_private(*paths: bytes) -> None:
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+def _make_pair(place: bytes) -> tuple[bytes, bytes]:
+    upperdir, workdir = place + b"/upper", place + b"/work"
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(upperdir, 0o755)
+        # What the root of the tree looks like is the image's business: copy_up makes this directory look so.
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(workdir, 0o700)
+    return upperdir, workdir
+
+
+@contextlib.contextmanager
+def ephemeral(store: bytes) -> Iterator[Place]:
+    """A new place that is removed at the end of the block."""
+    base = os.path.join(store, b"ephemeral")
+    _make_private(base)
+    with _locked(base):  # nobody sweeps the new one before it is claimed
+        _sweep(base)
+        place = os.path.join(base, secrets.token_hex(8).encode())
+        os.mkdir(place, 0o700)
+        fd = os.open(place, _OPEN_DIRECTORY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield Place(*_make_pair(place), ephemeral=True)
+    finally:
+        _remove(place)
+        os.close(fd)
+
+
+def sweep_ephemeral(store: bytes) -> None:
+    """Remove what killed daemons left."""
+    base = os.path.join(store, b"ephemeral")
+    if os.path.isdir(base):
+        with _locked(base):
+            _sweep(base)
+
+
+def _sweep(base: bytes) -> None:
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        fd = os.open(path, _OPEN_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        except BlockingIOError:
+            pass  # it is mounted
+        finally:
+            os.close(fd)
+
+
+def _remove(path: bytes) -> None:
+    assert shutil.rmtree.avoids_symlink_attacks
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _locked(directory: bytes) -> Iterator[None]:
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def claimed(place: Place) -> Iterator[None]:
+    """Hold the upperdir for this mount alone.  Raises MountError: another mount has it."""
+    try:
+        fd = os.open(place.upperdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"upperdir {printable(place.upperdir)}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MountError(f"upperdir {printable(place.upperdir)} is in use by another mount") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def check_note(place: Place, image: str, chain_id: str) -> None:
+    """Refuse an upperdir whose changes were made over another image; remember the image otherwise.
+
+    Preconditions: the place is claimed.
+
+    Raises:
+        MountError: it was another image.
+    """
+    if place.note is None:
+        return
+    note = _read_note(place.note)
+    if note is None:
+        _write_note(place.note, {"image": image, "chain_id": chain_id})
+    elif note.get("chain_id") != chain_id:
+        raise MountError(
+            f"the changes in {printable(place.upperdir)} were made over another image "
+            f"({printable(str(note.get('chain_id'))[:100])}, this is {chain_id}); "
+            "choose another --upper, or remove them"
+        )
+
+
+def _read_note(path: bytes) -> dict[str, object] | None:
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+            found = json.loads(file.read(_MAX_NOTE_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise MountError(f"{printable(path)}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise MountError(f"{printable(path)}: should be a JSON object")
+    return found
+
+
+def _write_note(path: bytes, note: dict[str, str]) -> None:
+    temp = path + b".tmp"
+    try:
+        with open(temp, "w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(note, file, indent=1)
+            file.write("\n")
+        os.rename(temp, path)
+    except OSError as error:
+        # The note is a guard against mistakes; an upperdir in a directory where we may not write works without it.
+        print(f"ovlfs: {printable(path)}: {error.strerror}", file=sys.stderr)
