@@ -33,6 +33,9 @@ INO_SHIFT = 40
 LAYERS_MAX = 1 << 22
 """So that every st_ino is below 2^63."""
 
+NO_FALLBACK = -1
+"""The `ref` of a LINK_BELOW whose target is nowhere in its own layer."""
+
 READ_BYTES = 64 * 1024
 """One read of `scan`: about the size at which reading a file's data costs as much as another system call."""
 
@@ -70,8 +73,8 @@ class TarLayer:
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
         """What the layer says about `name`; None: nothing.
 
-        For a LINK_BELOW, a `ref` other than 0 is what this layer itself put at `target` after the link: to be used
-        if no layer below has it (a hard link that stands before its target in the tar).
+        For a LINK_BELOW, a `ref` other than NO_FALLBACK is what this layer itself put at `target` after the link: to
+        be used if no layer below has it (a hard link that stands before its target in the tar).
 
         Raises:
             NotADirectoryError: `directory` is something else.
@@ -83,12 +86,13 @@ class TarLayer:
         if found is None:
             return None
         what, ref, flags, target = found
+        if what == What.LINK_BELOW:
+            return Entry(What.LINK_BELOW, ref or NO_FALLBACK, target=target)
         return Entry(
             What(what),
             ref,
             opaque=bool(flags & _native.INDEX_OPAQUE),
             implied=bool(flags & _native.INDEX_IMPLIED),
-            target=target,
         )
 
     def root_entry(self) -> Entry:
