@@ -8,6 +8,7 @@ when a step in between fails.
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ovlfs.image.image import Image
     from ovlfs.image.store import Store
     from ovlfs.layer.base import Layer
+    from ovlfs.overlay.stack import Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class _Work:
             opened, params = self._open(stack, progress)
             progress.close()
             served = open_stack(params, opened.lowers)
+            if opened.image is not None and opened.place is not None and not params.read_only:
+                _take_over(served, opened.image, opened.place)
             record = self._record(opened, job)
 
             def ready() -> None:
@@ -155,20 +159,19 @@ class _Work:
         if request.image is not None:
             assert store is not None
             params = self._open_image(opened, store, progress)
+        for path in params.lowerdirs:
+            _check_directory("lowerdir", path)
         mounting.check_lowerdirs(request.mountpoint, params.lowerdirs)
         opened.place = self._place(opened, store, stack)
         if opened.place is None:
             return opened, params
         place = opened.place
         params = replace(params, upperdir=place.upperdir, workdir=place.workdir)
-        for path, what in ((place.upperdir, "upperdir"), (place.workdir, "workdir")):
-            if not os.path.isdir(path):
-                raise MountError(f"{what} {printable(path)}: no such directory")
+        _check_directory("upperdir", place.upperdir)
+        _check_directory("workdir", place.workdir)
         mounting.check_places(request.mountpoint, params.lowerdirs, place.upperdir, place.workdir)
         if not params.read_only:
             stack.enter_context(uppers.claimed(place))
-            if opened.image is not None and opened.image.layers:
-                uppers.check_note(place, os.fsdecode(opened.image.path), opened.image.layers[-1].chain_id)
         return opened, params
 
     def _open_image(self, opened: _Opened, store: "Store", progress: Progress) -> Params:
@@ -196,7 +199,7 @@ class _Work:
             place = uppers.Place(params.upperdir, params.workdir or params.upperdir)
             if params.workdir is None:
                 return None  # read-only: open_stack looks at the upperdir itself
-            return uppers.noted(place) if opened.image is not None and opened.image.layers else place
+            return place if opened.image is None else uppers.noted(place)
         if params.read_only:
             return None
         if request.upper is not None:
@@ -245,6 +248,45 @@ class _Work:
             ephemeral=request.flags.ephemeral,
             log=None if job.log is None else os.fsdecode(job.log),
         )
+
+
+def _take_over(served: "Stack", image: "Image", place: uppers.Place) -> None:
+    """Check that the changes are this image's; an upperdir without any gets the looks of the image's root.
+
+    What the root looks like is the upperdir's business, so a new one (mode 0700, or what mkdir made) would hide the
+    image's own.
+    """
+    from ovlfs.ids import ROOT_NODEID  # noqa: PLC0415
+    from ovlfs.overlay import attr  # noqa: PLC0415
+
+    identity = image.layers[-1].chain_id if image.layers else f"directory {printable(os.path.realpath(image.path))}"
+    lowers = [layer for layer in served.layers[1:] if layer is not None]
+    if uppers.check_note(place, identity) and lowers:
+        looks = next((layer for layer in lowers if not _root_is_implied(layer)), lowers[0])
+        found = looks.attr(looks.root)
+        change = attr.Change(
+            permissions=stat.S_IMODE(found.mode),
+            uid=found.uid,
+            gid=found.gid,
+            atime_ns=found.atime_ns,
+            mtime_ns=found.mtime_ns,
+        )
+        attr.set_(served, served.tree.get(ROOT_NODEID), change)
+    uppers.write_note(place, os.fsdecode(image.path), identity)
+
+
+def _root_is_implied(layer: "Layer") -> bool:
+    """Whether a tar never describes its root."""
+    root_entry = getattr(layer, "root_entry", None)
+    return root_entry is not None and root_entry().implied
+
+
+def _check_directory(what: str, path: bytes) -> None:
+    """Raise MountError where `path` is none."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        raise MountError(f"{what} {printable(path)}: {os.strerror(error.errno or 0)}") from error
 
 
 def _choice(image: "Image") -> str:

@@ -8,7 +8,7 @@ Three ways:
 * `--ephemeral`: in the store, `ephemeral/RANDOM/{upper,work}`, removed at unmount; what a killed daemon left is
   removed by the next mount.
 
-The note says over which image (chain_id) the changes were made.  Changes shown over another image would be nonsense
+The note says over which image (the chain_id of its layers) the changes were made.  Changes shown over another image would be nonsense
 (whiteouts of files that never were, half of a file from here and half from there), so that is refused.  Nothing of
 ours is put into an upperdir.
 
@@ -20,14 +20,16 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ovlfs.errors import MountError, printable
+
+log = logging.getLogger("ovlfs.uppers")
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_NOTE_BYTES = 1 << 16
@@ -87,7 +89,6 @@ def _make_pair(place: bytes) -> tuple[bytes, bytes]:
     upperdir, workdir = place + b"/upper", place + b"/work"
     with contextlib.suppress(FileExistsError):
         os.mkdir(upperdir, 0o755)
-        # What the root of the tree looks like is the image's business: copy_up makes this directory look so.
     with contextlib.suppress(FileExistsError):
         os.mkdir(workdir, 0o700)
     return upperdir, workdir
@@ -164,25 +165,27 @@ def claimed(place: Place) -> Iterator[None]:
         os.close(fd)
 
 
-def check_note(place: Place, image: str, chain_id: str) -> None:
-    """Refuse an upperdir whose changes were made over another image; remember the image otherwise.
+def check_note(place: Place, identity: str) -> bool:
+    """Refuse an upperdir whose changes were made over another image.
 
-    Preconditions: the place is claimed.
+    Precondition: the place is claimed.
+
+    Returns:
+        Whether the upperdir is new: nothing was ever changed in it.
 
     Raises:
         MountError: it was another image.
     """
-    if place.note is None:
-        return
-    note = _read_note(place.note)
+    note = None if place.note is None else _read_note(place.note)
     if note is None:
-        _write_note(place.note, {"image": image, "chain_id": chain_id})
-    elif note.get("chain_id") != chain_id:
+        return not os.listdir(place.upperdir)
+    if note.get("identity") != identity:
         raise MountError(
             f"the changes in {printable(place.upperdir)} were made over another image "
-            f"({printable(str(note.get('chain_id'))[:100])}, this is {chain_id}); "
+            f"({printable(str(note.get('identity'))[:200])}, this is {identity}); "
             "choose another --upper, or remove them"
         )
+    return False
 
 
 def _read_note(path: bytes) -> dict[str, object] | None:
@@ -198,13 +201,16 @@ def _read_note(path: bytes) -> dict[str, object] | None:
     return found
 
 
-def _write_note(path: bytes, note: dict[str, str]) -> None:
-    temp = path + b".tmp"
+def write_note(place: Place, image: str, identity: str) -> None:
+    """Remember over which image the changes are made."""
+    if place.note is None:
+        return
+    temp = place.note + b".tmp"
     try:
         with open(temp, "w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump(note, file, indent=1)
+            json.dump({"image": image, "identity": identity}, file, indent=1)
             file.write("\n")
-        os.rename(temp, path)
+        os.rename(temp, place.note)
     except OSError as error:
         # The note is a guard against mistakes; an upperdir in a directory where we may not write works without it.
-        print(f"ovlfs: {printable(path)}: {error.strerror}", file=sys.stderr)
+        log.warning("%s: %s", printable(place.note), error.strerror)

@@ -206,12 +206,13 @@ class Registry:
 
     def sweep(self) -> list[Record]:
         """Forget the records of dead processes whose mount is gone, too; they are returned."""
-        mounted = {entry.device for entry in mount_table() if entry.fstype == FSTYPE}
+        mounted = {(entry.device, os.fsdecode(entry.mountpoint)) for entry in mount_table() if entry.fstype == FSTYPE}
         here = _mount_namespace()
         swept = [
             record
             for record in self.records()
-            if not record.alive and not (record.mount_namespace == here and record.device in mounted)
+            if not record.alive
+            and not (record.mount_namespace == here and (record.device, record.mountpoint) in mounted)
         ]
         for record in swept:
             self.remove(record)
@@ -319,8 +320,13 @@ class Mounted:
 def mounts() -> list[Mounted]:
     """All mounts of ours in this namespace."""
     here = _mount_namespace()
-    by_device = {record.device: record for record in all_records() if record.mount_namespace == here}
-    return [Mounted(entry, by_device.get(entry.device)) for entry in mount_table() if entry.fstype == FSTYPE]
+    # The kernel uses device numbers again, so a dead daemon's may be another's by now: the mountpoint must fit, too.
+    records = {(record.device, record.mountpoint): record for record in all_records() if record.mount_namespace == here}
+    return [
+        Mounted(entry, records.get((entry.device, os.fsdecode(entry.mountpoint))))
+        for entry in mount_table()
+        if entry.fstype == FSTYPE
+    ]
 
 
 # ---- mountpoints -----------------------------------------------------------------------------------------------------
