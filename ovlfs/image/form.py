@@ -259,7 +259,9 @@ def unpack_archive(
             if not is_verified(store, name, diff_id):  # another copy of the same file was here before
                 temp.target = name
                 store.commit(temp)
-                store.remember(WHOLE, FileIdentity.of(temp.fd), diff_id)
+                kept = FileIdentity.of(temp.fd)
+                store.remember(WHOLE, kept, diff_id)
+                store.remember(range_fact(0, kept.size), kept, diff_id)
         if identity.settled():
             store.remember(what, identity, f"{digest},{diff_id}")
         return store.full_path(name), DiffId(Digest(diff_id))
@@ -267,6 +269,11 @@ def unpack_archive(
 
 WHOLE = "whole"
 """What the store remembers of its own files: the digest of the whole."""
+
+
+def range_fact(offset: int, size: int) -> str:
+    """What the store remembers of a range of any file: its digest."""
+    return f"{offset}-{size}"
 
 
 def is_verified(store: Store, name: bytes, digest: str) -> bool:

@@ -27,7 +27,7 @@ from ovlfs.image.config import Config, parse_config
 from ovlfs.image.digest import chain_ids, check_digest, parse_digest, sha256, split_digest
 from ovlfs.image.documents import Object, parse_object
 from ovlfs.image.files import FileIdentity, Where, read_exactly
-from ovlfs.image.form import Files, Form, Progress, Recognised, recognise
+from ovlfs.image.form import Files, Form, Progress, Recognised, range_fact, recognise
 from ovlfs.image.manifest import (
     INDEX_TYPES,
     MAX_DESCRIPTORS,
@@ -121,6 +121,15 @@ class Image:
                 "stop_signal": config.stop_signal,
                 "healthcheck": config.healthcheck,
             },
+            "history": [
+                {
+                    "created": step.created or None,
+                    "created_by": step.created_by,
+                    "comment": step.comment,
+                    "empty_layer": step.empty_layer,
+                }
+                for step in config.history
+            ],
             "layers": [
                 {
                     "number": number,
@@ -431,6 +440,8 @@ class _Reader:
         diff_id = DiffId(Digest("sha256:" + computed.hexdigest()))
         if identity.settled():
             store.remember(what, identity, diff_id)
+            if not kind:
+                store.remember(range_fact(blob.offset, blob.size), identity, diff_id)
         return diff_id
 
     def counted(self, fd: int, blob: Blob) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ from ovlfs.errors import ImageError, LayerError, printable
 from ovlfs.image.blob import decompress, output_limit, read_range, sniff
 from ovlfs.image.digest import hasher, split_digest
 from ovlfs.image.files import FileIdentity, Where, read_exactly
-from ovlfs.image.form import WHOLE, Progress, is_verified
+from ovlfs.image.form import WHOLE, Progress, is_verified, range_fact
 from ovlfs.image.image import Image, LayerBlob
 from ovlfs.image.store import Store, write_all
 from ovlfs.layer.base import Extent, Ref
@@ -103,7 +103,7 @@ def open_layer(layer: LayerBlob, store: Store, *, number: int, progress: Progres
             if not sniff(read_exactly(fd, blob.offset, min(6, blob.size), blob.where)):
                 _check_plain_digest(layer)
                 identity = blob.identity or FileIdentity.of(fd)
-                source = _Range(fd, identity, blob.offset, blob.size, f"{blob.offset}-{blob.size}")
+                source = _Range(fd, identity, blob.offset, blob.size, range_fact(blob.offset, blob.size))
                 opened = _open_range(layer, source, store, number, progress)
                 keep()
                 return opened

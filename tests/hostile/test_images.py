@@ -11,6 +11,7 @@ import json
 import os
 import random
 import struct
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_truncated_compressed_layer(tmp_path: Path, store: Store, cut: int) -> N
     noise = make_tar([("noise", random.Random(3).randbytes(100_000))])
     refused(one_layer(tmp_path, gzip.compress(noise)[:-cut], noise), store, "cut off")
     refused(one_layer(tmp_path, zstandard.compress(noise)[:-cut], noise), store, "cut off")
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 1000])
+def test_truncated_compressed_archive(tmp_path: Path, store: Store, cut: int) -> None:
+    """The same around the archive; no half archive stays in the store."""
+    raw = docker_archive([make_tar([("noise", random.Random(6).randbytes(50_000))])])
+    refused(saved(tmp_path, gzip.compress(raw)[:-cut], "hostile.tar.gz"), store, "cut off")
+    refused(saved(tmp_path, zstandard.compress(raw)[:-cut], "hostile.tar.zst"), store, "cut off")
 
 
 # -- H33, H34: digests, sizes, blobs that are something else
@@ -803,6 +812,34 @@ def test_h45_concurrent_mounts_share_one_decompression(
 
     assert sum(what.startswith("waiting") for what in said) == 1
     assert len([name for name in left_in(store) if name.startswith("layers/")]) == 1
+
+
+_MOUNT = """
+import sys
+from ovlfs.image.image import open_image
+from ovlfs.image.store import Store
+from ovlfs.layer.open import open_layers
+image = open_image(sys.argv[1], store=Store())
+said = set()
+open_layers(image, Store(), progress=lambda what, done, total: said.add(what.split(" ")[0]))
+print(*sorted(said))
+"""
+
+
+def test_h45_concurrent_processes_share_the_store(tmp_path: Path, store: Store) -> None:
+    """Six processes at once on a compressed archive: all succeed, one decompresses, nothing is left half done."""
+    noise = [make_tar([(f"noise{number}", random.Random(number).randbytes(2_000_000))]) for number in range(2)]
+    path = saved(tmp_path, gzip.compress(docker_archive(noise), 1), "good.tar.gz")
+    os.utime(path, ns=(1, 1))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _MOUNT, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(6)
+    ]
+    results = [process.communicate(timeout=60) for process in processes]
+
+    assert [process.returncode for process in processes] == [0] * 6, results
+    assert len([name for name in left_in(store) if name.startswith("archives/")]) == 1
+    assert [name for name in left_in(store) if name.startswith("tmp/")] == []
 
 
 def test_platform_text_of_an_image_is_shown_escaped(tmp_path: Path, store: Store) -> None:

@@ -38,6 +38,7 @@ from ovlfs.image.form import Form
 from ovlfs.image.image import Image, list_images, open_image
 from ovlfs.image.platform import parse_platform
 from ovlfs.image.store import Store
+from ovlfs.layer.open import open_layers
 
 DIFF_IDS = [digest(one) for one in LAYERS]
 SMALL_V1 = "sha256:f65311fe8b0780c8502fab272c5419350f4804a419e4dd3956c6ff7ef3937df0"
@@ -224,6 +225,43 @@ def test_open_docker_archive_layer_symlink_one_hop(tmp_path: Path) -> None:
 
     assert image.layers[0].blob.offset == image.layers[1].blob.offset
     assert image.layers[0].chain_id != image.layers[1].chain_id
+
+
+def test_open_docker_archive_layer_hard_link(tmp_path: Path) -> None:
+    """A tar made again by GNU tar may hold a shared layer as a hard link, whose target counts from the root."""
+    config = make_config([LAYERS[0]])
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, raw in (("a/layer.tar", LAYERS[0]), ("c.json", config)):
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+        link = tarfile.TarInfo("b/layer.tar")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/layer.tar"
+        tar.addfile(link)
+        manifest = dumps([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": ["b/layer.tar"]}])
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(manifest)
+        tar.addfile(info, io.BytesIO(manifest))
+    path = tmp_path / "i.tar"
+    path.write_bytes(stream.getvalue())
+
+    assert b"".join(open_image(str(path)).layers[0].blob.chunks()) == LAYERS[0]
+
+
+def test_open_docker_archive_of_crane(tmp_path: Path, store: Store) -> None:
+    """Crane and kaniko call the config `sha256:<hex>` and store gzip layers as `<hex>.tar.gz`."""
+    config = make_config(LAYERS)
+    stored = {hexed(gzip.compress(one, mtime=0)) + ".tar.gz": gzip.compress(one, mtime=0) for one in LAYERS}
+    manifest = dumps([{"Config": digest(config), "RepoTags": ["a:1"], "Layers": list(stored)}])
+    path = tmp_path / "i.tar"
+    path.write_bytes(make_tar([(digest(config), config), *stored.items(), ("manifest.json", manifest)]))
+    image = open_image(str(path))
+
+    assert diff_ids(image) == DIFF_IDS
+    assert image.image_id == digest(config)
+    for layer in open_layers(image, store):
+        layer.close()
 
 
 def test_open_names_are_cleaned_on_both_sides(tmp_path: Path) -> None:
@@ -413,6 +451,26 @@ def test_open_skopeo_dir(tmp_path: Path) -> None:
     assert image.form is Form.SKOPEO_DIR
     assert diff_ids(image) == DIFF_IDS
     assert image.manifest_digest == entry["digest"]
+
+
+def test_open_skopeo_dir_with_all_platforms(tmp_path: Path) -> None:
+    """`skopeo copy --all` writes the index as manifest.json and each manifest as `<hex>.manifest.json`."""
+    layout = Layout()
+    entries = [
+        layout.manifest(config=make_config(LAYERS, architecture=arch))
+        | {"platform": {"os": "linux", "architecture": arch}}
+        for arch in ("amd64", "arm64")
+    ]
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "version").write_text("Directory Transport Version: 1.1\n")
+    index = {"schemaVersion": 2, "mediaType": OCI + "index.v1+json", "manifests": entries}
+    (path / "manifest.json").write_bytes(dumps(index))
+    manifests = {entry["digest"] for entry in entries}
+    for name, raw in layout.blobs.items():
+        (path / (name[7:] + (".manifest.json" if name in manifests else ""))).write_bytes(raw)
+
+    assert open_image(str(path), platform=parse_platform("arm64")).config.platform.architecture == "arm64"
 
 
 @pytest.mark.parametrize(

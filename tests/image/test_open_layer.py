@@ -194,6 +194,18 @@ def test_open_layer_index_lost_is_made_again(images: Path, store: Store) -> None
     layer.close()
 
 
+@pytest.mark.parametrize("name", ["rootfs.tar.xz", "small-export.tar"])
+def test_open_rootfs_hashes_once(images: Path, store: Store, name: str) -> None:
+    """The pass that found the diff_id of a root file system is not repeated to verify it."""
+    said: list[str] = []
+    image = open_image(f"{images}/{name}", store=store, progress=lambda what, _done, _total: said.append(what))
+    assert said
+    said.clear()
+    close(open_layers(image, store, progress=lambda what, _done, _total: said.append(what)))
+
+    assert said == []
+
+
 def test_open_layer_index_of_another_format_is_made_again(images: Path, store: Store) -> None:
     """An index whose checksum is right, but which this scanner does not read."""
     image = open_image(f"{images}/small-docker20.tar")
