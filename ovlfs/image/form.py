@@ -150,8 +150,9 @@ def recognise(path: bytes, store: Callable[[], Store], progress: Progress | None
         diff_id = None
         if compression:
             full, diff_id = unpack_archive(fd, identity, compression, store(), where, progress)
+            unpacked = open_file(full, (), where)
             os.close(fd)
-            fd = open_file(full, (), where)
+            fd = unpacked
             identity = FileIdentity.of(fd)
         first = read_exactly(fd, 0, min(512, identity.size), where)
         if not looks_like_tar(first):

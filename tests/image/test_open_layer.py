@@ -1,6 +1,8 @@
 """Layers of every fixture: verified, indexed, remembered; in place where they lie uncompressed."""
 
 import gzip
+import hashlib
+import json
 import os
 import resource
 import tarfile
@@ -11,7 +13,7 @@ import pytest
 from image_builders import LAYERS, Layout, digest, docker25, docker_archive, make_config, make_tar
 
 from ovlfs.errors import ImageError, LayerError
-from ovlfs.ids import DiffId, Digest
+from ovlfs.ids import DiffId, Digest, Name
 from ovlfs.image.image import Image, LayerBlob, open_image
 from ovlfs.image.store import Store
 from ovlfs.layer.base import Ref, What
@@ -102,6 +104,26 @@ def test_open_layers_of_fixture(images: Path, store: Store, name: str, in_place:
     assert said == []
     assert [names_in(one) for one in again] == entries
     close(again)
+
+
+@pytest.mark.parametrize(("name", "_in_place"), FIXTURES)
+def test_open_layer_file_content(images: Path, store: Store, name: str, _in_place: bool) -> None:
+    """The bytes that the extents of a file name are the file's, wherever the layer lies."""
+    with (images / "EXPECTED.jsonl").open() as lines:
+        expected = {row["path"]: row["sha256"] for row in map(json.loads, lines) if row["image"] == "small:v1"}
+    image = open_image(f"{images}/{name}", store=store)
+    layer = open_layer(image.layers[0], store, number=0)
+    ref: Ref = layer.root
+    for part in (b"usr", b"bin", b"busybox"):
+        entry = layer.lookup(ref, Name(part))
+        assert entry is not None
+        ref = entry.ref
+    fd, extents = layer.extents(ref)
+    content = b"".join(os.pread(fd, extent.length, extent.physical) for extent in extents)
+    os.close(fd)
+    layer.close()
+
+    assert hashlib.sha256(content).hexdigest() == expected["usr/bin/busybox"]
 
 
 def test_open_layers_forms_share_the_store(images: Path, store: Store) -> None:
