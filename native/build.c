@@ -430,11 +430,12 @@ static bool join(uint8_t *out, size_t room, size_t *len, const uint8_t *name, si
 static ovl_err_t normalise(struct ovl_build *b, struct ovl_bytes path, uint8_t *out, size_t *out_len)
 {
 	const uint8_t *at = path.at;
-	const uint8_t *end = at + path.len;
+	const uint8_t *end;
 
 	*out_len = 0;
 	if (path.len == 0)
 		return breaks(b, "a name must not be empty");
+	end = at + path.len;
 	if (path.len > OVL_TAR_PATH_MAX)
 		return breaks(b, "a path must not be longer than 4096 bytes (ENAMETOOLONG)");
 	if (memchr(at, 0, path.len))
@@ -526,7 +527,7 @@ static ovl_err_t walk(struct ovl_build *b, const uint8_t *path, size_t len, bool
 	}
 	*dir = cur;
 	if (rest)
-		*rest = (struct ovl_bytes){NULL, 0};
+		*rest = (struct ovl_bytes){b->walk, 0};
 	return 0;
 }
 
@@ -708,7 +709,7 @@ static ovl_err_t add_link_below(struct ovl_build *b, uint32_t parent, const uint
 static ovl_err_t add_hard_link(struct ovl_build *b, uint32_t parent, const uint8_t *name, size_t len,
 			       const struct ovl_build_entry *e)
 {
-	struct ovl_bytes rest = {NULL, 0};
+	struct ovl_bytes rest = {b->walk, 0};
 	struct build_dentry *target;
 	const uint8_t *last;
 	size_t path_len, dir_len, last_len;
@@ -1028,7 +1029,7 @@ static ovl_err_t find_forward(struct ovl_build *b)
 		struct build_link *link = link_at(b, (uint32_t)i);
 		const uint8_t *path = heap_at(b, link->target);
 		size_t dir_len = dirname_len(path, link->target_len);
-		struct ovl_bytes rest = {NULL, 0};
+		struct ovl_bytes rest = {b->walk, 0};
 		uint32_t dir = 0, found;
 		ovl_err_t err = walk(b, path, dir_len, false, &dir, &rest);
 
