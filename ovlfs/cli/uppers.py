@@ -8,9 +8,9 @@ Three ways:
 * `--ephemeral`: in the store, `ephemeral/RANDOM/{upper,work}`, removed at unmount; what a killed daemon left is
   removed by the next mount.
 
-The note says over which image (the chain_id of its layers) the changes were made.  Changes shown over another image would be nonsense
-(whiteouts of files that never were, half of a file from here and half from there), so that is refused.  Nothing of
-ours is put into an upperdir.
+The note says over which image (the chain_id of its layers) the changes were made.  Changes shown over another image
+would be nonsense (whiteouts of files that never were, half of a file from here and half from there), so that is
+refused.  Nothing of ours is put into an upperdir.
 
 An upperdir is claimed with flock(2) as long as it is mounted, whichever workdir comes with it; overlay/stack.py does
 the same with the workdir.
