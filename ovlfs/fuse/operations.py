@@ -18,9 +18,9 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -30,7 +30,8 @@ from ovlfs.fuse.locks import InodeLocks
 from ovlfs.ids import NodeId
 from ovlfs.layer.base import Attr
 from ovlfs.layer.tree import Inode
-from ovlfs.overlay import acl, attr, copy_up, dir, namei, xattr
+from ovlfs.overlay import attr, copy_up, namei, xattr
+from ovlfs.overlay import dir as directory_ops
 from ovlfs.overlay.file import Handle
 from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
@@ -50,13 +51,13 @@ _R = TypeVar("_R")
 
 
 def _handler(
-    function: Callable[Concatenate["Operations", _P], Awaitable[_R]],
-) -> Callable[Concatenate["Operations", _P], Awaitable[_R]]:
+    function: Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _R]],
+) -> Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _R]]:
     """The boundary of every request: errors become errnos, unforeseen ones EIO; with --debug one line a request."""
     name = function.__name__
 
     @functools.wraps(function)
-    async def run(self: "Operations", *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def run(self: "Operations", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         started = time.perf_counter()
         code = 0
         try:
@@ -87,6 +88,9 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = False
     enable_writeback_cache = False
+
+    dont_mask = False
+    """Whether modes arrive as the caller gave them (FUSE_DONT_MASK, which the lane sets): the umask is ours to apply."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -146,6 +150,7 @@ class Operations(pyfuse3.Operations):
         name: "FileNameT",
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_LOOKUP: a name (one lookup more), or a negative entry.  Errors: ENAMETOOLONG, ENOTDIR, the layers'."""
         parent = self._get(parent_inode)
         inode = namei.lookup(self._stack, parent, name)
         if inode is None:
@@ -165,11 +170,16 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def getattr(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:  # noqa: ARG002
+        """FUSE_GETATTR, from the tree."""
         return self._entry(self._get(inode))
 
     @_handler
     async def readlink(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "FileNameT":  # noqa: ARG002
+        """FUSE_READLINK.  Errors: EINVAL."""
         return pyfuse3.FileNameT(namei.readlink(self._stack, self._get(inode)))
+
+    def _umask(self, ctx: pyfuse3.RequestContext) -> int:
+        return int(ctx.umask) if self.dont_mask else 0
 
     def _make(
         self,
@@ -181,25 +191,30 @@ class Operations(pyfuse3.Operations):
         rdev: int = 0,
         target: bytes = b"",
     ) -> pyfuse3.EntryAttributes:
-        new = NewObject(mode, ctx.uid, ctx.gid, rdev, target)
-        return self._counted_entry(dir.create(self._stack, self._get(parent_nodeid), namei.check_name(name), new))
+        new = NewObject(mode, ctx.uid, ctx.gid, rdev, target, self._umask(ctx))
+        return self._counted_entry(
+            directory_ops.create(self._stack, self._get(parent_nodeid), namei.check_name(name), new)
+        )
 
     @_handler
     async def mknod(
         self, parent_inode: "InodeT", name: "FileNameT", mode: "ModeT", rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_MKNOD: also plain files.  Errors: as overlay.dir.create()."""
         return self._make(parent_inode, name, mode, ctx, rdev=rdev)
 
     @_handler
     async def mkdir(
         self, parent_inode: "InodeT", name: "FileNameT", mode: "ModeT", ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_MKDIR.  Errors: as overlay.dir.create()."""
         return self._make(parent_inode, name, mode, ctx)
 
     @_handler
     async def symlink(
         self, parent_inode: "InodeT", name: "FileNameT", target: "FileNameT", ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_SYMLINK.  Errors: as overlay.dir.create()."""
         return self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
 
     @_handler
@@ -210,20 +225,23 @@ class Operations(pyfuse3.Operations):
         new_name: "FileNameT",
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_LINK.  Errors: as overlay.dir.link()."""
         linked = self._get(inode)
         async with self._locks.holding(linked.nodeid):
             namei.need_absent(self._stack, self._get(new_parent_inode), new_name)
             await self._bring_data(linked, wanted=copy_up.need_data(self._stack, linked))
-            dir.link(self._stack, linked, self._get(new_parent_inode), new_name)
+            directory_ops.link(self._stack, linked, self._get(new_parent_inode), new_name)
             return self._counted_entry(linked)
 
     @_handler
     async def unlink(self, parent_inode: "InodeT", name: "FileNameT", ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
-        dir.unlink(self._stack, self._get(parent_inode), name)
+        """FUSE_UNLINK.  Errors: as overlay.dir.unlink()."""
+        directory_ops.unlink(self._stack, self._get(parent_inode), name)
 
     @_handler
     async def rmdir(self, parent_inode: "InodeT", name: "FileNameT", ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
-        dir.rmdir(self._stack, self._get(parent_inode), name)
+        """FUSE_RMDIR.  Errors: as overlay.dir.rmdir()."""
+        directory_ops.rmdir(self._stack, self._get(parent_inode), name)
 
     @_handler
     async def rename(
@@ -235,6 +253,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> None:
+        """FUSE_RENAME2.  Errors: as overlay.dir.rename(); EINVAL for RENAME_WHITEOUT, as the kernel's overlay says."""
         if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         noreplace, exchange = bool(flags & pyfuse3.RENAME_NOREPLACE), bool(flags & pyfuse3.RENAME_EXCHANGE)
@@ -250,17 +269,21 @@ class Operations(pyfuse3.Operations):
                 again = namei.lookup(self._stack, parent, name_old), namei.lookup(self._stack, new_parent, name_new)
                 if [one and one.nodeid for one in again] != [inode.nodeid, other and other.nodeid]:
                     continue
-                dir.rename(self._stack, parent, name_old, new_parent, name_new, noreplace=noreplace, exchange=exchange)
+                directory_ops.rename(
+                    self._stack, parent, name_old, new_parent, name_new, noreplace=noreplace, exchange=exchange
+                )
                 return
 
     # ---- directories ---------------------------------------------------------------------------------------------
 
     @_handler
     async def opendir(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "FileHandleT":  # noqa: ARG002
+        """FUSE_OPENDIR."""
         return pyfuse3.FileHandleT(inode)  # listing keeps no state: its offsets are the tree's cookies
 
     @_handler
     async def readdir(self, fh: "FileHandleT", start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """FUSE_READDIRPLUS.  Each entry but "." and ".." counts a lookup, if it fits the reply."""
         directory = self._get(fh)
         # "." and ".." are the offsets 1 and 2; the kernel neither counts nor forgets them.
         for offset, name in ((1, b"."), (2, b"..")):
@@ -291,6 +314,7 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def fsyncdir(self, fh: "FileHandleT", datasync: bool) -> None:  # noqa: ARG002
+        """FUSE_FSYNCDIR, in a thread."""
         fd = attr.open_for_sync(self._stack, self._get(fh))
         if fd is not None:
             try:
@@ -324,6 +348,7 @@ class Operations(pyfuse3.Operations):
         fh: "FileHandleT | None",  # noqa: ARG002
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> pyfuse3.EntryAttributes:
+        """FUSE_SETATTR.  Errors: as overlay.attr.set_()."""
         target = self._get(inode)
         change = attr.Change(
             permissions=stat.S_IMODE(attributes.st_mode) if fields.update_mode else None,
@@ -351,6 +376,7 @@ class Operations(pyfuse3.Operations):
         value: bytes,
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> None:
+        """FUSE_SETXATTR; pyfuse3 has seen to XATTR_CREATE and XATTR_REPLACE.  Errors: as overlay.xattr.set_()."""
         target = self._get(inode)
         async with self._locks.holding(target.nodeid):
             await self._bring_data(target, wanted=copy_up.need_data(self._stack, target))
@@ -358,14 +384,17 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def getxattr(self, inode: "InodeT", name: "XAttrNameT", ctx: pyfuse3.RequestContext) -> bytes:  # noqa: ARG002
+        """FUSE_GETXATTR.  Errors: ENODATA."""
         return xattr.get(self._stack, self._get(inode), name)
 
     @_handler
     async def listxattr(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "Sequence[XAttrNameT]":  # noqa: ARG002
+        """FUSE_LISTXATTR."""
         return [pyfuse3.XAttrNameT(name) for name in xattr.get_all(self._stack, self._get(inode))]
 
     @_handler
     async def removexattr(self, inode: "InodeT", name: "XAttrNameT", ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
+        """FUSE_REMOVEXATTR.  Errors: ENODATA."""
         target = self._get(inode)
         async with self._locks.holding(target.nodeid):
             xattr.get(self._stack, target, name)
@@ -374,6 +403,7 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:  # noqa: ARG002
+        """FUSE_STATFS."""
         numbers = attr.statvfs(self._stack)
         out = pyfuse3.StatvfsData()
         for field in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail", "namemax"):
@@ -391,6 +421,7 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def open(self, inode: "InodeT", flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:  # noqa: ARG002
+        """FUSE_OPEN: for writing, the data is copied up first.  O_TRUNC comes here, not as a setattr."""
         target = self._get(inode)
         if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
             return self._open(target, flags)
@@ -402,33 +433,39 @@ class Operations(pyfuse3.Operations):
                 # An open does not make the kernel ask for the attributes again.  Safe here: it takes no lock.
                 pyfuse3.invalidate_inode(inode, attr_only=True)
             if truncate:
-                attr.set_(self._stack, target, attr.Change(size=0, mtime_ns=time.time_ns()))  # O_TRUNC: also if it was empty
+                # O_TRUNC sets the times also of a file that was empty.
+                attr.set_(self._stack, target, attr.Change(size=0, mtime_ns=time.time_ns()))
             return self._open(target, flags)
 
     @_handler
     async def create(
         self, parent_inode: "InodeT", name: "FileNameT", mode: "ModeT", flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
-        inode = dir.create(self._stack, self._get(parent_inode), namei.check_name(name), new)
+        """FUSE_CREATE: make and open.  Errors: as overlay.dir.create()."""
+        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, umask=self._umask(ctx))
+        inode = directory_ops.create(self._stack, self._get(parent_inode), namei.check_name(name), new)
         info = self._open(inode, flags & ~os.O_EXCL)
         return info, self._counted_entry(inode)
 
     @_handler
     async def read(self, fh: "FileHandleT", off: int, size: int) -> bytes:
+        """FUSE_READ.  Errors: EIO, a layer that has shrunk."""
         return self._handles[fh].read(off, size)
 
     @_handler
     async def write(self, fh: "FileHandleT", off: int, buf: bytes) -> int:
+        """FUSE_WRITE.  Errors: as pwrite(2)."""
         return self._handles[fh].write(off, buf)
 
     @_handler
     async def fsync(self, fh: "FileHandleT", datasync: bool) -> None:
+        """FUSE_FSYNC, in a thread."""
         handle = self._handles[fh]
         await trio.to_thread.run_sync(lambda: handle.sync(data_only=datasync))
 
     @_handler
     async def release(self, fh: "FileHandleT") -> None:
+        """FUSE_RELEASE."""
         self._handles.pop(fh).close()
 
 

@@ -39,7 +39,8 @@ class Entry:
     `redirect` and `metacopy` are the overlay.* xattrs of directory layers: where to look further down
     (an absolute path in the layers' root, or one name in the same parent), and that the data is further down.
     `implied` marks a directory that a tar never describes, only mentions (`a/b` without `a/`): it is there, but its
-    attributes are those of the directory below it, if any.  `target` is the path of a LINK_BELOW.
+    attributes are those of the directory below it, if any.  `target` is the path of a LINK_BELOW, and its `ref` what to
+    take when no layer below has that path (a later entry of the same tar), 0: nothing.
     """
 
     what: What

@@ -60,7 +60,7 @@ class InoMap:
     """Gives every (device, inode number) of the stack an st_ino that no other has.
 
     Kernel: the xino feature (fs/overlayfs/inode.c: ovl_map_dev_ino()): the number of the file system goes into the
-    high bits.  Here bits 48-62; tar layers count from 0x4000 there (layer/tar.py).  The upperdir's file system (or
+    high bits.  Here bits 48-62; tar layers count from 0x80 there (layer/tar.py).  The upperdir's file system (or
     the first layer's) is number 0, so with all layers on one file system st_ino is the real inode number.
     A real number of more than 48 bits is folded; it stays constant, and could collide only there.
     """
@@ -70,7 +70,7 @@ class InoMap:
 
     def ino(self, device: int, number: int) -> Ino:
         """The st_ino to show for inode `number` of `device`."""
-        index = self._numbers.setdefault(device, len(self._numbers))
+        index = min(self._numbers.setdefault(device, len(self._numbers)), 0x7F)
         if number >> 48:
             number = (number ^ (number >> 17)) & ((1 << 48) - 1)
         return Ino((index << 48) | number)

@@ -180,7 +180,7 @@ def _link_below(layers: Layers, number: int, entry: Entry) -> tuple[Entry, Sourc
     below = resolve(layers, roots(layers, number + 1), entry.target)
     if below is not None and not below.is_dir:
         return Entry(What.OTHER, below.sources[0].ref, metacopy=below.metacopy), below.sources[0]
-    if entry.ref != -1:
+    if entry.ref:  # 0 would be the root, which no link can be
         return Entry(What.OTHER, entry.ref), Source(number, entry.ref)
     raise OSError(errno.EIO, "hard link to a path that no layer below has", os.fsdecode(entry.target))
 

@@ -27,7 +27,7 @@ from ovlfs.overlay.stack import Stack
 
 
 def create(stack: Stack, parent: Inode, name: bytes, new: NewObject) -> Inode:
-    """Make a file, directory, symlink, fifo, socket or device, as `new` says (umask applied already).
+    """Make a file, directory, symlink, fifo, socket or device, as `new` says.
 
     The group and the setgid bit of a setgid directory, and its default ACL, are inherited here.
 
@@ -70,7 +70,7 @@ def _inherit_acl(parent_path: bytes, new: NewObject) -> tuple[NewObject, dict[by
         return new, {}
     default = acl.default_of(parent_path)
     if default is None:
-        return new, {}
+        return replace(new, mode=new.mode & ~new.umask), {}
     mode, access = acl.inherit(default, new.mode)
     acls = {acl.ACCESS: access}
     if stat.S_ISDIR(new.mode):

@@ -19,13 +19,17 @@ from ovlfs.layer.override import OVERRIDE_XATTR, Override, format_override
 
 @dataclass(frozen=True, slots=True)
 class NewObject:
-    """What an object shall be: type and permissions (`mode`), owner, device numbers, a symlink's target."""
+    """What an object shall be: type and permissions (`mode`), owner, device numbers, a symlink's target.
+
+    `umask` is still to be taken off `mode`, unless a default ACL stands in for it.
+    """
 
     mode: int
     uid: int
     gid: int
     rdev: int = 0
     target: bytes = b""
+    umask: int = 0
 
 
 class Owner(Protocol):

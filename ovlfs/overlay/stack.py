@@ -202,8 +202,8 @@ def _claim_workdir(params: Params, layer: DirLayer) -> int:
         with suppress(FileNotFoundError):
             os.stat(_DIRTY, dir_fd=fd)
             raise MountError(
-                f"workdir {printable(params.workdir)}: the last mount was volatile and did not end in order, what is in "
-                f"the upperdir may be damaged; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it still"
+                f"workdir {printable(params.workdir)}: the last mount was volatile and did not end in order, what is "
+                f"in the upperdir may be damaged; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it still"
             )
         with suppress(FileExistsError):
             os.mkdir(_WORK, 0o700, dir_fd=fd)
@@ -216,7 +216,7 @@ def _claim_workdir(params: Params, layer: DirLayer) -> int:
         except BlockingIOError:
             raise MountError(f"workdir {printable(params.workdir)} is in use by another mount") from None
         _empty(work_fd)
-        if params.volatile:
+        if params.volatile and params.volatile_mark:
             os.makedirs(os.path.join(params.workdir, os.path.dirname(_DIRTY)), exist_ok=True)
             os.close(os.open(os.path.join(params.workdir, _DIRTY), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except BaseException:
