@@ -12,6 +12,7 @@
 static int (*const parts[])(PyObject *module) = {
 	ovl_add_tarscan,
 	ovl_add_index,
+	ovl_add_lane,
 };
 
 PyObject *ovl_raise(ovl_err_t err)

@@ -27,6 +27,7 @@ static inline struct ovl_module_state *ovl_module_state(PyObject *module)
 
 int ovl_add_tarscan(PyObject *module);
 int ovl_add_index(PyObject *module);
+int ovl_add_lane(PyObject *module);
 
 /* The C index inside an Index object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything
  * else. */

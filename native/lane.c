@@ -1,0 +1,819 @@
+/*
+ * lane.c - see lane.h for what goes where, who waits for whom, and how it ends
+ *
+ * Order below: state; writing to the kernel; INIT; handlers and their table; the three threads; life and death.
+ *
+ * References: include/uapi/linux/fuse.h; Linux fs/fuse/dev.c (fuse_dev_do_read, fuse_dev_do_write, fuse_read_forget);
+ * Linux net/unix/af_unix.c (unix_dgram_sendmsg: the size of one message); libfuse lib/fuse_lowlevel.c (do_init).
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "lane.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Tests put their own in place, to have every errno. */
+#ifndef OVL_LANE_READ
+#define OVL_LANE_READ read
+#endif
+#ifndef OVL_LANE_WRITEV
+#define OVL_LANE_WRITEV writev
+#endif
+#ifndef OVL_LANE_SEND
+#define OVL_LANE_SEND send
+#endif
+
+/* Newer than the headers of some distributions. */
+#define OP_SYNCFS 50u
+#define OP_TMPFILE 51u
+#define OP_STATX 52u
+#define OP_COPY_FILE_RANGE_64 53u
+
+#define HEADER_BYTES 4096u /* beside max_write: what the kernel wants in a read buffer, and more (FUSE_MIN_READ_BUFFER) */
+#define FORGETS_MAX 2048u  /* in one message: 32 KiB */
+#define SOCKET_BYTES (1 << 20)
+#define SEND_TRIES 50
+#define SEND_PAUSE_NS 10000000L
+#define STOP_SECONDS 5
+
+static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
+static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
+static_assert(sizeof(struct fuse_init_out) == 64, "wire format");
+static_assert(sizeof(struct fuse_read_in) == 40, "wire format");
+static_assert(sizeof(struct fuse_forget_one) == 16, "wire format");
+static_assert(sizeof(struct fuse_batch_forget_in) == 8, "wire format");
+static_assert(sizeof(struct fuse_in_header) + sizeof(struct fuse_batch_forget_in) +
+	      FORGETS_MAX * sizeof(struct fuse_forget_one) <= OVL_LANE_MESSAGE_MAX, "a cut BATCH_FORGET fits");
+static_assert(sizeof(struct fuse_out_header) + OVL_LANE_LIST_MAX <= OVL_LANE_MESSAGE_MAX, "a listing fits");
+
+struct counters {
+	atomic_uint_fast64_t forwarded, extra, answered;
+};
+
+struct ovl_lane {
+	int dev_fd, session_fd;          /* owned; immutable */
+	int stop_fd, ended_fd, extra_fd; /* owned; immutable; eventfds */
+	size_t buffer_bytes, max_write;  /* immutable */
+	size_t queue_bytes_max, queue_count_max;
+
+	unsigned char *request; /* the reader's; buffer_bytes */
+	unsigned char *reply;   /* the writer's; buffer_bytes */
+
+	pthread_t reader, writer, notifier;
+	bool reader_runs, writer_runs; /* the owner's thread only */
+
+	atomic_bool stopping;
+	atomic_int end_reason;
+	atomic_uint_fast64_t init_unique; /* of the INIT under way, 0 otherwise; written before it is forwarded */
+	atomic_uint_fast64_t init_offered;
+
+	pthread_mutex_t lock; /* a leaf: nothing else is locked, and nothing but eventfds written, while it is held */
+	pthread_cond_t room;  /* protected by lock: the queue has become shorter, or we stop */
+	pthread_cond_t noted; /* protected by lock: a notification has come, or we stop */
+	struct ovl_lane_request *first, **last;       /* the queue; protected by lock */
+	size_t queue_bytes, queue_count;              /* protected by lock */
+	struct ovl_lane_request *note, **last_note;   /* notifications; protected by lock */
+	bool notifier_runs;                           /* protected by lock */
+
+	struct counters counters[OVL_LANE_OPCODES];
+	atomic_uint_fast64_t replies, interrupted, refused, undeliverable, notifications, dropped;
+};
+
+static void count(atomic_uint_fast64_t *counter)
+{
+	atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+}
+
+static uint64_t value(const atomic_uint_fast64_t *counter)
+{
+	return atomic_load_explicit(counter, memory_order_relaxed);
+}
+
+static unsigned slot(uint32_t opcode)
+{
+	return opcode < OVL_LANE_OPCODES ? opcode : 0;
+}
+
+static void raise_event(int fd)
+{
+	uint64_t one = 1;
+	ssize_t n;
+
+	do
+		n = write(fd, &one, sizeof(one));
+	while (n < 0 && errno == EINTR);
+	/* EAGAIN: the counter is full, so it is readable: all that is wanted */
+}
+
+static void clear_event(int fd)
+{
+	uint64_t number;
+	ssize_t n;
+
+	do
+		n = read(fd, &number, sizeof(number));
+	while (n < 0 && errno == EINTR);
+}
+
+/* ---- writing to the kernel --------------------------------------------------------------------------------------- */
+
+/* One message to the kernel, whole.  -ENOENT: nobody waits for it (any more); other errors as writev(2). */
+static ovl_err_t put(struct ovl_lane *lane, const struct iovec *parts, int number)
+{
+	for (;;) {
+		struct pollfd writable = {.fd = lane->dev_fd, .events = POLLOUT};
+
+		if (OVL_LANE_WRITEV(lane->dev_fd, parts, number) >= 0)
+			return 0;
+		if (errno == EINTR)
+			continue;
+		if (errno != EAGAIN)
+			return -errno;
+		if (atomic_load(&lane->stopping))
+			return -ENODEV;
+		poll(&writable, 1, 100);
+	}
+}
+
+static bool is_gone(ovl_err_t err)
+{
+	return err == -ENOENT || err == -ENODEV || err == -ECONNABORTED || err == -ENOTCONN || err == -EPIPE ||
+	       err == -EPERM; /* EPERM: not mounted yet or any more */
+}
+
+static void put_error(struct ovl_lane *lane, uint64_t unique, int error)
+{
+	struct fuse_out_header header = {.len = sizeof(header), .error = -error, .unique = unique};
+	struct iovec part = {.iov_base = &header, .iov_len = sizeof(header)};
+
+	if (put(lane, &part, 1) == 0)
+		count(&lane->replies);
+	else
+		count(&lane->interrupted);
+}
+
+/* A reply, or EIO in its place: the client waits for one of them. */
+static void put_reply(struct ovl_lane *lane, uint64_t unique, const struct iovec *parts, int number)
+{
+	ovl_err_t err = put(lane, parts, number);
+
+	if (err == 0) {
+		count(&lane->replies);
+	} else if (is_gone(err)) {
+		count(&lane->interrupted);
+	} else {
+		count(&lane->refused);
+		put_error(lane, unique, EIO);
+	}
+}
+
+/* ---- INIT -------------------------------------------------------------------------------------------------------- */
+
+/*
+ * What the kernel is told that libfuse would not tell it, if it offers it.  DONT_MASK: the umask is ours to apply,
+ * because a default ACL takes its place (fs/posix_acl.c: posix_acl_create).
+ */
+static const struct {
+	uint64_t set, clear;
+} init_flags[] = {
+	{.set = FUSE_DONT_MASK},
+};
+
+/* The request, before pyfuse3 sees it: without MAX_PAGES libfuse keeps to buffers of 128 KiB, and so much is never
+ * sent through the socket. */
+static void note_init(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_in_header header;
+	struct fuse_init_in in = {0};
+	size_t at = sizeof(header), known = size - at < sizeof(in) ? size - at : sizeof(in);
+	uint64_t offered;
+
+	memcpy(&header, message, sizeof(header));
+	memcpy(&in, message + at, known);
+	offered = in.flags;
+	if (in.flags & FUSE_INIT_EXT)
+		offered |= (uint64_t)in.flags2 << 32;
+	if (known >= offsetof(struct fuse_init_in, flags) + sizeof(in.flags)) {
+		in.flags &= ~(uint32_t)FUSE_MAX_PAGES;
+		memcpy(message + at, &in, known);
+	}
+	atomic_store(&lane->init_offered, offered);
+	atomic_store(&lane->init_unique, header.unique);
+}
+
+/* pyfuse3's reply, before the kernel sees it. */
+static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_out_header header;
+	struct fuse_init_out out;
+	uint64_t offered = atomic_load(&lane->init_offered), flags;
+	size_t page = (size_t)sysconf(_SC_PAGESIZE), most = lane->max_write;
+
+	memcpy(&header, message, sizeof(header));
+	if (header.error || size != sizeof(header) + sizeof(out))
+		return;
+	memcpy(&out, message + sizeof(header), sizeof(out));
+	flags = out.flags | (uint64_t)out.flags2 << 32;
+	for (size_t i = 0; i < sizeof(init_flags) / sizeof(init_flags[0]); i++) {
+		flags |= init_flags[i].set & offered;
+		flags &= ~init_flags[i].clear;
+	}
+	if (offered & FUSE_MAX_PAGES) {
+		flags |= FUSE_MAX_PAGES;
+		out.max_pages = (uint16_t)(most / page < UINT16_MAX ? most / page : UINT16_MAX);
+	} else if (most > 32 * page) {
+		most = 32 * page; /* what a request holds in such a kernel: FUSE_DEFAULT_MAX_PAGES_PER_REQ */
+	}
+	out.max_write = (uint32_t)most;
+	out.flags = (uint32_t)flags;
+	out.flags2 = (uint32_t)(flags >> 32);
+	memcpy(message + sizeof(header), &out, sizeof(out));
+}
+
+/* ---- handlers ---------------------------------------------------------------------------------------------------- */
+
+enum route { FORWARD, EXTRA, ANSWERED };
+
+/* Looks at a request (which it may change) and answers it or says who shall.  The reader's thread. */
+typedef enum route (*handler_t)(struct ovl_lane *lane, unsigned char *message, size_t size);
+
+/* One message to pyfuse3; waits while the socket is full. */
+static ovl_err_t send_to_session(struct ovl_lane *lane, const unsigned char *message, size_t size)
+{
+	const struct timespec pause = {.tv_nsec = SEND_PAUSE_NS};
+
+	for (int tries = 0;;) {
+		if (OVL_LANE_SEND(lane->session_fd, message, size, MSG_NOSIGNAL) >= 0)
+			return 0;
+		if (errno == EINTR)
+			continue;
+		if ((errno != ENOBUFS && errno != ENOMEM) || ++tries == SEND_TRIES || atomic_load(&lane->stopping))
+			return -errno;
+		nanosleep(&pause, NULL);
+	}
+}
+
+static enum route answer_extra(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	(void)lane, (void)message, (void)size;
+	return EXTRA;
+}
+
+static enum route answer_unknown(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_in_header header;
+
+	(void)size;
+	memcpy(&header, message, sizeof(header));
+	put_error(lane, header.unique, ENOSYS);
+	return ANSWERED;
+}
+
+static enum route answer_init(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	note_init(lane, message, size);
+	return FORWARD;
+}
+
+static enum route answer_listing(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_read_in in;
+
+	(void)lane;
+	if (size >= sizeof(struct fuse_in_header) + sizeof(in)) {
+		memcpy(&in, message + sizeof(struct fuse_in_header), sizeof(in));
+		if (in.size > OVL_LANE_LIST_MAX)
+			in.size = OVL_LANE_LIST_MAX;
+		memcpy(message + sizeof(struct fuse_in_header), &in, sizeof(in));
+	}
+	return FORWARD;
+}
+
+/* A BATCH_FORGET can be as long as the read buffer: cut it.  The header is put anew before each part, over what was
+ * sent already. */
+static enum route answer_batch_forget(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_in_header header;
+	struct fuse_batch_forget_in in;
+	const size_t before = sizeof(header) + sizeof(in);
+	size_t at = before, left;
+
+	if (size < before)
+		return FORWARD;
+	memcpy(&header, message, sizeof(header));
+	memcpy(&in, message + sizeof(header), sizeof(in));
+	left = (size - before) / sizeof(struct fuse_forget_one);
+	if (left > in.count)
+		left = in.count;
+	while (left > 0) {
+		size_t now = left < FORGETS_MAX ? left : FORGETS_MAX, bytes = now * sizeof(struct fuse_forget_one);
+
+		in.count = (uint32_t)now;
+		header.len = (uint32_t)(before + bytes);
+		memcpy(message + at - before, &header, sizeof(header));
+		memcpy(message + at - sizeof(in), &in, sizeof(in));
+		if (send_to_session(lane, message + at - before, header.len) < 0)
+			count(&lane->dropped);
+		at += bytes;
+		left -= now;
+	}
+	return ANSWERED;
+}
+
+static const handler_t handlers[OVL_LANE_OPCODES] = {
+	[FUSE_INIT] = answer_init,
+	[FUSE_READ] = answer_extra,
+	[FUSE_WRITE] = answer_extra,
+	[FUSE_READDIR] = answer_listing,
+	[FUSE_READDIRPLUS] = answer_listing,
+	[FUSE_BATCH_FORGET] = answer_batch_forget,
+	[FUSE_INTERRUPT] = answer_unknown,
+	[FUSE_IOCTL] = answer_extra,
+	[FUSE_FALLOCATE] = answer_extra,
+	[FUSE_LSEEK] = answer_extra,
+	[FUSE_COPY_FILE_RANGE] = answer_extra,
+	[OP_SYNCFS] = answer_extra,
+	[OP_TMPFILE] = answer_extra,
+	[OP_STATX] = answer_unknown,
+	[OP_COPY_FILE_RANGE_64] = answer_extra,
+};
+
+static bool has_reply(uint32_t opcode)
+{
+	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET;
+}
+
+static void refuse(struct ovl_lane *lane, const struct fuse_in_header *header, int error)
+{
+	count(&lane->undeliverable);
+	if (has_reply(header->opcode))
+		put_error(lane, header->unique, error);
+}
+
+static void forward(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+{
+	ovl_err_t err = send_to_session(lane, message, header->len);
+
+	if (err)
+		refuse(lane, header, err == -ENOBUFS || err == -ENOMEM ? ENOMEM : EIO);
+}
+
+/* Append to the queue; waits while it is full. */
+static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+{
+	struct ovl_lane_request *request = malloc(sizeof(*request) + header->len);
+
+	if (!request) {
+		refuse(lane, header, ENOMEM);
+		return;
+	}
+	request->next = NULL;
+	request->size = header->len;
+	memcpy(request->message, message, header->len);
+	pthread_mutex_lock(&lane->lock);
+	while (lane->first && !atomic_load(&lane->stopping) &&
+	       (lane->queue_count >= lane->queue_count_max || lane->queue_bytes + request->size > lane->queue_bytes_max))
+		pthread_cond_wait(&lane->room, &lane->lock);
+	if (!lane->first)
+		raise_event(lane->extra_fd);
+	*lane->last = request;
+	lane->last = &request->next;
+	lane->queue_count++;
+	lane->queue_bytes += request->size;
+	pthread_mutex_unlock(&lane->lock);
+}
+
+static void dispatch(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_in_header header;
+	struct counters *counters;
+	handler_t handler;
+	enum route route = FORWARD;
+
+	if (size < sizeof(header)) {
+		count(&lane->dropped);
+		return;
+	}
+	memcpy(&header, message, sizeof(header));
+	if (header.len != size) {
+		count(&lane->dropped);
+		header.len = (uint32_t)size;
+		refuse(lane, &header, EIO);
+		return;
+	}
+	counters = &lane->counters[slot(header.opcode)];
+	handler = header.opcode < OVL_LANE_OPCODES ? handlers[header.opcode] : NULL;
+	if (handler)
+		route = handler(lane, message, size);
+	switch (route) {
+	case FORWARD:
+		count(&counters->forwarded);
+		forward(lane, &header, message);
+		break;
+	case EXTRA:
+		count(&counters->extra);
+		enqueue(lane, &header, message);
+		break;
+	case ANSWERED:
+		count(&counters->answered);
+		break;
+	}
+}
+
+/* ---- threads ----------------------------------------------------------------------------------------------------- */
+
+/* Wait until `fd` is readable (or broken, which reading will say).  False: we stop. */
+static bool wait_readable(struct ovl_lane *lane, int fd)
+{
+	struct pollfd both[2] = {{.fd = fd, .events = POLLIN}, {.fd = lane->stop_fd, .events = POLLIN}};
+
+	while (!atomic_load(&lane->stopping)) {
+		if (poll(both, 2, -1) < 0 && errno != EINTR)
+			return true;
+		if (both[0].revents)
+			return !atomic_load(&lane->stopping);
+	}
+	return false;
+}
+
+static void *read_requests(void *arg)
+{
+	struct ovl_lane *lane = arg;
+	ovl_err_t reason = 0;
+
+	while (wait_readable(lane, lane->dev_fd)) {
+		ssize_t n = OVL_LANE_READ(lane->dev_fd, lane->request, lane->buffer_bytes);
+
+		if (n > 0) {
+			dispatch(lane, lane->request, (size_t)n);
+			continue;
+		}
+		if (n == 0)
+			break;
+		if (errno == EINTR || errno == EAGAIN || errno == ENOENT)
+			continue;
+		if (errno != ENODEV && errno != ECONNABORTED)
+			reason = -errno;
+		break;
+	}
+	atomic_store(&lane->end_reason, reason);
+	raise_event(lane->ended_fd);
+	return NULL;
+}
+
+static void *write_notifications(void *arg)
+{
+	struct ovl_lane *lane = arg;
+
+	pthread_mutex_lock(&lane->lock);
+	for (;;) {
+		struct ovl_lane_request *note;
+		struct iovec part;
+
+		while (!lane->note && !atomic_load(&lane->stopping))
+			pthread_cond_wait(&lane->noted, &lane->lock);
+		if (atomic_load(&lane->stopping))
+			break;
+		note = lane->note;
+		lane->note = note->next;
+		if (!lane->note)
+			lane->last_note = &lane->note;
+		pthread_mutex_unlock(&lane->lock);
+		part = (struct iovec){.iov_base = note->message, .iov_len = note->size};
+		put(lane, &part, 1); /* ENOENT: the kernel does not have what we tell it to drop */
+		count(&lane->notifications);
+		free(note);
+		pthread_mutex_lock(&lane->lock);
+	}
+	pthread_mutex_unlock(&lane->lock);
+	return NULL;
+}
+
+static ovl_err_t start_thread(pthread_t *thread, void *(*run)(void *), struct ovl_lane *lane, const char *name)
+{
+	sigset_t all, before;
+	int err;
+
+	sigfillset(&all); /* signals are Python's */
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	err = pthread_create(thread, NULL, run, lane);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (!err)
+		pthread_setname_np(*thread, name);
+	return -err;
+}
+
+static void notify(struct ovl_lane *lane, const unsigned char *message, size_t size)
+{
+	struct ovl_lane_request *note = malloc(sizeof(*note) + size);
+
+	if (!note) {
+		count(&lane->dropped);
+		return;
+	}
+	note->next = NULL;
+	note->size = size;
+	memcpy(note->message, message, size);
+	pthread_mutex_lock(&lane->lock);
+	if (!lane->notifier_runs)
+		lane->notifier_runs = start_thread(&lane->notifier, write_notifications, lane, "ovl-notify") == 0;
+	*lane->last_note = note;
+	lane->last_note = &note->next;
+	pthread_cond_signal(&lane->noted);
+	pthread_mutex_unlock(&lane->lock);
+}
+
+static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t size)
+{
+	struct fuse_out_header header;
+	struct iovec part = {.iov_base = message, .iov_len = size};
+
+	if (size < sizeof(header)) {
+		count(&lane->dropped);
+		return;
+	}
+	memcpy(&header, message, sizeof(header));
+	if (size > lane->buffer_bytes || header.len != size) {
+		count(&lane->dropped);
+		if (header.unique)
+			put_error(lane, header.unique, EIO);
+		return;
+	}
+	if (header.unique == 0) {
+		notify(lane, message, size);
+		return;
+	}
+	if (header.unique == atomic_load(&lane->init_unique)) {
+		patch_init(lane, message, size);
+		atomic_store(&lane->init_unique, 0);
+	}
+	put_reply(lane, header.unique, &part, 1);
+}
+
+static void *write_replies(void *arg)
+{
+	struct ovl_lane *lane = arg;
+
+	while (wait_readable(lane, lane->session_fd)) {
+		ssize_t n = recv(lane->session_fd, lane->reply, lane->buffer_bytes, MSG_TRUNC);
+
+		if (n > 0)
+			pass_reply(lane, lane->reply, (size_t)n);
+		else if (n == 0 || (errno != EINTR && errno != EAGAIN && errno != ENOBUFS))
+			break;
+	}
+	return NULL;
+}
+
+/* ---- life and death ---------------------------------------------------------------------------------------------- */
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void free_list(struct ovl_lane_request *list)
+{
+	while (list) {
+		struct ovl_lane_request *next = list->next;
+
+		free(list);
+		list = next;
+	}
+}
+
+/* Room for many small messages; the largest must fit (one message: sk_sndbuf - 32 bytes). */
+static ovl_err_t size_socket(int fd)
+{
+	int wanted = SOCKET_BYTES, got = 0;
+	socklen_t length = sizeof(got);
+
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &wanted, sizeof(wanted)) < 0)
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &wanted, sizeof(wanted));
+	if (getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &got, &length) < 0)
+		return -errno;
+	return (size_t)got < OVL_LANE_MESSAGE_MAX + 32 ? -EMSGSIZE : 0;
+}
+
+static void destroy(struct ovl_lane *lane)
+{
+	close_fd(&lane->dev_fd);
+	close_fd(&lane->session_fd);
+	close_fd(&lane->stop_fd);
+	close_fd(&lane->ended_fd);
+	close_fd(&lane->extra_fd);
+	free_list(lane->first);
+	free_list(lane->note);
+	free(lane->request);
+	free(lane->reply);
+	pthread_cond_destroy(&lane->room);
+	pthread_cond_destroy(&lane->noted);
+	pthread_mutex_destroy(&lane->lock);
+	free(lane);
+}
+
+ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+	struct ovl_lane *lane = calloc(1, sizeof(*lane));
+	ovl_err_t err;
+	int flags;
+
+	if (!lane) {
+		if (config->dev_fd >= 0)
+			close(config->dev_fd);
+		if (config->session_fd >= 0)
+			close(config->session_fd);
+		return -ENOMEM;
+	}
+	lane->dev_fd = config->dev_fd;
+	lane->session_fd = config->session_fd;
+	lane->stop_fd = lane->ended_fd = lane->extra_fd = -1;
+	lane->max_write = config->max_write;
+	lane->buffer_bytes = config->max_write + HEADER_BYTES;
+	lane->queue_bytes_max = config->queue_bytes;
+	lane->queue_count_max = config->queue_count;
+	lane->last = &lane->first;
+	lane->last_note = &lane->note;
+	pthread_mutex_init(&lane->lock, NULL);
+	pthread_cond_init(&lane->room, NULL);
+	pthread_cond_init(&lane->noted, NULL);
+
+	err = -EINVAL;
+	if (lane->dev_fd < 0 || lane->session_fd < 0 || lane->max_write % page || lane->max_write < page ||
+	    lane->max_write > 4u << 20 || config->queue_bytes == 0 || config->queue_count == 0)
+		goto out;
+	if (lane->buffer_bytes < OVL_LANE_MESSAGE_MAX)
+		lane->buffer_bytes = OVL_LANE_MESSAGE_MAX;
+	err = size_socket(lane->session_fd);
+	if (err)
+		goto out;
+	err = -ENOMEM;
+	lane->request = malloc(lane->buffer_bytes);
+	lane->reply = malloc(lane->buffer_bytes);
+	if (!lane->request || !lane->reply)
+		goto out;
+	flags = fcntl(lane->dev_fd, F_GETFL);
+	if (flags < 0 || fcntl(lane->dev_fd, F_SETFL, flags | O_NONBLOCK) < 0) {
+		err = -errno;
+		goto out;
+	}
+	lane->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	lane->ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	lane->extra_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (lane->stop_fd < 0 || lane->ended_fd < 0 || lane->extra_fd < 0) {
+		err = -errno;
+		goto out;
+	}
+	*out = lane;
+	return 0;
+out:
+	destroy(lane);
+	return err;
+}
+
+ovl_err_t ovl_lane_start(struct ovl_lane *lane)
+{
+	ovl_err_t err;
+
+	if (lane->reader_runs || lane->writer_runs || atomic_load(&lane->stopping))
+		return -EALREADY;
+	err = start_thread(&lane->writer, write_replies, lane, "ovl-write");
+	if (err)
+		return err;
+	lane->writer_runs = true;
+	err = start_thread(&lane->reader, read_requests, lane, "ovl-read");
+	if (err)
+		return err; /* the caller frees, which stops the writer */
+	lane->reader_runs = true;
+	return 0;
+}
+
+void ovl_lane_stop(struct ovl_lane *lane)
+{
+	pthread_mutex_lock(&lane->lock);
+	atomic_store(&lane->stopping, true);
+	pthread_cond_broadcast(&lane->room);
+	pthread_cond_broadcast(&lane->noted);
+	pthread_mutex_unlock(&lane->lock);
+	raise_event(lane->stop_fd);
+	shutdown(lane->session_fd, SHUT_RDWR); /* a reader that waits for room in it */
+	if (lane->reader_runs)
+		pthread_join(lane->reader, NULL);
+	if (lane->writer_runs)
+		pthread_join(lane->writer, NULL);
+	lane->reader_runs = lane->writer_runs = false;
+}
+
+/* False: it waits in the kernel for a lock whose holder waits for a reply that it will not get.  It must not be
+ * waited for then, nor may what it uses be freed; it ends with the process, or when the mount is aborted. */
+static bool join_notifier(struct ovl_lane *lane)
+{
+	struct timespec until;
+
+	if (!lane->notifier_runs)
+		return true;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_sec += STOP_SECONDS;
+	if (pthread_timedjoin_np(lane->notifier, NULL, &until) != 0) {
+		pthread_detach(lane->notifier);
+		return false;
+	}
+	return true;
+}
+
+void ovl_lane_free(struct ovl_lane *lane)
+{
+	if (!lane)
+		return;
+	ovl_lane_stop(lane);
+	if (join_notifier(lane))
+		destroy(lane);
+}
+
+int ovl_lane_ended_fd(const struct ovl_lane *lane)
+{
+	return lane->ended_fd;
+}
+
+int ovl_lane_extra_fd(const struct ovl_lane *lane)
+{
+	return lane->extra_fd;
+}
+
+ovl_err_t ovl_lane_end_reason(const struct ovl_lane *lane)
+{
+	return atomic_load(&lane->end_reason);
+}
+
+ovl_err_t ovl_lane_receive(struct ovl_lane *lane, struct ovl_lane_request **out)
+{
+	struct ovl_lane_request *request;
+
+	pthread_mutex_lock(&lane->lock);
+	request = lane->first;
+	if (request) {
+		lane->first = request->next;
+		lane->queue_count--;
+		lane->queue_bytes -= request->size;
+		if (!lane->first) {
+			lane->last = &lane->first;
+			clear_event(lane->extra_fd);
+		}
+		pthread_cond_signal(&lane->room);
+	}
+	pthread_mutex_unlock(&lane->lock);
+	if (!request)
+		return -EAGAIN;
+	request->next = NULL;
+	*out = request;
+	return 0;
+}
+
+ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, const void *data, size_t size)
+{
+	struct fuse_out_header header = {.error = -error, .unique = unique};
+	struct iovec parts[2] = {
+		{.iov_base = &header, .iov_len = sizeof(header)},
+		{.iov_base = (void *)(uintptr_t)data, .iov_len = size}, /* writev does not write to it */
+	};
+
+	if (error < 0 || error >= 512 || (error && size) || size > lane->buffer_bytes || unique == 0)
+		return -EINVAL;
+	header.len = (uint32_t)(sizeof(header) + size);
+	put_reply(lane, unique, parts, size ? 2 : 1);
+	return 0;
+}
+
+void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out)
+{
+	for (size_t i = 0; i < OVL_LANE_OPCODES; i++)
+		out->opcode[i] = (struct ovl_lane_counts){
+			.forwarded = value(&lane->counters[i].forwarded),
+			.extra = value(&lane->counters[i].extra),
+			.answered = value(&lane->counters[i].answered),
+		};
+	out->replies = value(&lane->replies);
+	out->interrupted = value(&lane->interrupted);
+	out->refused = value(&lane->refused);
+	out->undeliverable = value(&lane->undeliverable);
+	out->notifications = value(&lane->notifications);
+	out->dropped = value(&lane->dropped);
+}

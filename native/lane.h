@@ -1,0 +1,129 @@
+/*
+ * lane.h - the request lane: between /dev/fuse and those who answer
+ *
+ * Problem.  pyfuse3 owns a session, not the device: it binds a part of the protocol (no fallocate, lseek,
+ * copy_file_range, tmpfile), and what it answers to INIT cannot be changed.  So the lane owns /dev/fuse.  It reads
+ * every request once and gives it to one of three:
+ *
+ *        clients                                                           pyfuse3 (trio thread)
+ *           |                                                                 ^          |
+ *     +-----v------+   reader thread    +----- FORWARD: socket, blocking -----+          |
+ *     | /dev/fuse  |====================+----- EXTRA: queue, bounded ---> ovlfs.fuse.lane (trio thread)
+ *     |            |                    +----- ANSWERED: here              |             |
+ *     +-----^------+                                                       |             |
+ *           +----------------------- ovl_lane_reply -----------------------+             |
+ *           +----------------------- writer thread <--- socket, always drained ----------+
+ *           +----------------------- notifier thread <-- list, unbounded: notifications (unique 0)
+ *
+ * Routes are a table by opcode (lane.c: handlers[]): a handler looks at the request and says FORWARD, EXTRA or
+ * ANSWERED; an opcode without one is forwarded.  To answer an opcode natively is to write a handler.
+ *
+ * Why READ and WRITE are EXTRA.  A message of a SEQPACKET socket is one skb: it must fit SO_SNDBUF, and what
+ * exceeds about 84 KiB is one piece of contiguous memory.  1 MiB is an allocation of order 8 that fails with
+ * ENOBUFS on a machine that is up for a week, and libfuse loses a reply that it cannot send: the client hangs for
+ * ever.  So nothing large goes through the socket: data goes through the queue and leaves by ovl_lane_reply,
+ * listings are asked for in pieces of OVL_LANE_LIST_MAX, a BATCH_FORGET is cut.  The largest message that is left
+ * is an xattr (64 KiB); ovl_lane_new checks that it fits.
+ *
+ * Who waits for whom (no cycle, so no deadlock):
+ *
+ *      client  ->  reader    the reader waits while the socket or the queue is full
+ *      reader  ->  Python    Python empties both from one event loop and waits for neither's requests
+ *      Python  ->  writer    libfuse's reply blocks while the socket back is full
+ *      writer  ->  kernel    a reply is copied, which waits for nobody: the writer never waits for Python
+ *      notifier -> client    NOTIFY_INVAL_* waits for inode and page locks, which clients hold while they wait for
+ *                            replies.  That is why notifications have a thread of their own, and why no reply is
+ *                            ever written by it.
+ *
+ * What is under way is bounded by the socket (SO_SNDBUF each way), the queue (bytes and requests, one request at
+ * least) and, on Python's side, by pyfuse3's workers and the handlers of ovlfs.fuse.lane.
+ *
+ * Every request gets one reply.  A reply that the kernel refuses (EINVAL, ENOMEM, ...) is replaced by EIO; a request
+ * that the socket refuses is answered here; FORGET, BATCH_FORGET have none; INTERRUPT is answered ENOSYS once, after
+ * which the kernel sends no more (pyfuse3 would only remember them).
+ *
+ * Ends.  The mount went away or was aborted: read says ENODEV, the reader stops and `ended_fd` becomes readable; the
+ * writer goes on emptying the socket, so that nobody blocks in a reply, until it is closed or ovl_lane_stop.
+ * Process death: the kernel closes the device, which aborts the connection; nothing here keeps it open.
+ * ENOENT from read or write: the request was interrupted; the other side needs no answer.
+ *
+ * Several readers (cloned descriptors, FUSE_DEV_IOC_CLONE) will need a table unique -> descriptor, as a reply must
+ * go out where its request came in; all writing goes through put() in lane.c, which is where it will be asked.
+ *
+ * Concurrency: new, start, stop and free from one thread; receive from one thread; reply, stats from any.
+ * Errors: 0 or -errno, errno is not set.
+ */
+#ifndef OVL_LANE_H
+#define OVL_LANE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef int ovl_err_t;
+
+#define OVL_LANE_OPCODES 64u          /* counters and handlers; the highest opcode today is 53 */
+#define OVL_LANE_LIST_MAX 65536u      /* bytes asked for in one READDIR or READDIRPLUS */
+#define OVL_LANE_MESSAGE_MAX 73728u   /* bytes of the largest message through the socket: an xattr, names, headers */
+
+struct ovl_lane;
+
+struct ovl_lane_config {
+	int dev_fd;           /* /dev/fuse, mounted */
+	int session_fd;       /* our end of the SEQPACKET socket pair; the other is pyfuse3's */
+	size_t max_write;     /* bytes of data in one READ or WRITE: a multiple of the page size, 4 KiB to 4 MiB */
+	size_t queue_bytes;   /* the reader waits when the queue holds so much */
+	size_t queue_count;   /* or so many requests */
+};
+
+/* One EXTRA request.  `message` starts with struct fuse_in_header, whose len is `size`. */
+struct ovl_lane_request {
+	struct ovl_lane_request *next;
+	size_t size;
+	unsigned char message[];
+};
+
+struct ovl_lane_counts {
+	uint64_t forwarded, extra, answered;
+};
+
+struct ovl_lane_stats {
+	struct ovl_lane_counts opcode[OVL_LANE_OPCODES]; /* [0]: opcodes beyond the table */
+	uint64_t replies;       /* written to the kernel, from everywhere */
+	uint64_t interrupted;   /* replies that nobody waited for any more */
+	uint64_t refused;       /* replies that the kernel refused, answered EIO instead */
+	uint64_t undeliverable; /* requests that could not be handed on, answered here */
+	uint64_t notifications; /* passed on */
+	uint64_t dropped;       /* messages that were neither: malformed, or without memory */
+};
+
+/* Takes ownership of both descriptors, also on failure.  -EMSGSIZE: the socket cannot hold OVL_LANE_MESSAGE_MAX
+ * (net.core.wmem_max); -EINVAL: limits that make no sense. */
+ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config);
+
+/* Start the threads.  Once. */
+ovl_err_t ovl_lane_start(struct ovl_lane *lane);
+
+/* End the threads and wait for them; pyfuse3's next read or write on its socket fails.  Requests that have no reply
+ * yet get none until ovl_lane_free closes the device.  May be called twice, and from any state. */
+void ovl_lane_stop(struct ovl_lane *lane);
+
+/* Stop, close the descriptors, free everything.  NULL is fine. */
+void ovl_lane_free(struct ovl_lane *lane);
+
+/* Borrowed descriptors, to poll for reading. */
+int ovl_lane_ended_fd(const struct ovl_lane *lane); /* readable: no request will come any more */
+int ovl_lane_extra_fd(const struct ovl_lane *lane); /* readable: ovl_lane_receive has something */
+
+/* Why the reader ended: 0 unmounted or stopped, else -errno.  Meaningful once ended_fd is readable. */
+ovl_err_t ovl_lane_end_reason(const struct ovl_lane *lane);
+
+/* The next EXTRA request, owned by the caller (free()); -EAGAIN: none. */
+ovl_err_t ovl_lane_receive(struct ovl_lane *lane, struct ovl_lane_request **out);
+
+/* Answer an EXTRA request: `error` is 0 or a positive errno, then without data.  -EINVAL: not such an errno. */
+ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, const void *data, size_t size);
+
+void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out);
+
+#endif
