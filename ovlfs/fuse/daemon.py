@@ -249,7 +249,9 @@ class _Signals:
 
 
 def log_directory() -> bytes:
-    """Where this user's logs are: /var/log/ovlfs, or $XDG_STATE_HOME/ovlfs/log."""
+    """Where this user's logs are: /var/log/ovlfs, or $XDG_STATE_HOME/ovlfs/log ($OVLFS_LOG_DIR overrides)."""
+    if os.environb.get(b"OVLFS_LOG_DIR", b"").startswith(b"/"):
+        return os.environb[b"OVLFS_LOG_DIR"]
     if os.geteuid() == 0 and os.access(b"/var/log", os.W_OK):
         return b"/var/log/ovlfs"
     state = os.environb.get(b"XDG_STATE_HOME", b"")

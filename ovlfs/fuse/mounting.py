@@ -260,7 +260,9 @@ def _read_record(path: bytes, uid: int) -> Record | None:
 
 
 def default_registry() -> bytes:
-    """Where this user's registry is: a directory that a reboot empties."""
+    """Where this user's registry is: a directory that a reboot empties ($OVLFS_RUNTIME_DIR overrides)."""
+    if os.environb.get(b"OVLFS_RUNTIME_DIR", b"").startswith(b"/"):
+        return os.environb[b"OVLFS_RUNTIME_DIR"]
     chosen = os.environb.get(b"XDG_RUNTIME_DIR", b"")
     if os.geteuid() == 0 and os.access(b"/run", os.W_OK):
         return b"/run/ovlfs"
