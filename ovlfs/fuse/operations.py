@@ -90,7 +90,7 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
 
     dont_mask = False
-    """Whether modes arrive as the caller gave them (FUSE_DONT_MASK, which the lane sets): the umask is ours to apply."""
+    """Whether modes arrive as the caller gave them (FUSE_DONT_MASK, set by the lane): the umask is ours to apply."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()

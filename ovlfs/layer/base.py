@@ -84,6 +84,13 @@ class Layer(Protocol):
     def root(self) -> Ref:
         """The layer's root directory."""
 
+    @property
+    def root_opaque(self) -> bool:
+        """Whether the layer hides everything below it (`.wh..wh..opq` at a tar's root)."""
+
+    def is_implied(self, ref: Ref) -> bool:
+        """Whether `ref` is a directory that has no attributes of its own (see `Entry`)."""
+
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
         """What the layer says about `name`; None: nothing.  Raises NotADirectoryError (ENOTDIR)."""
 

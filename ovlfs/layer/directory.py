@@ -114,6 +114,9 @@ class DirLayer:
         finally:
             os.close(fd)
 
+    def is_implied(self, ref: Ref) -> bool:  # noqa: ARG002, D102
+        return False
+
     def own_xattr(self, path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
         """The value of the overlay's own xattr `name` (b"origin", ...) of the object at `path`, or None."""
         for prefix in self.prefixes:

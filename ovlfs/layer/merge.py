@@ -16,7 +16,7 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ovlfs.ids import Name
 from ovlfs.layer.base import Entry, Layer, Ref, What
@@ -200,8 +200,40 @@ def resolve(layers: Layers, sources: Sequence[Source], path: bytes) -> Found | N
 
 
 def roots(layers: Layers, first: int) -> list[Source]:
-    """The root directories of the stack from layer `first` downwards."""
-    return [Source(number, layer.root) for number, layer in enumerate(layers) if layer is not None and number >= first]
+    """The root directories of the stack from layer `first` downwards, to the first opaque one."""
+    found: list[Source] = []
+    for number, layer in enumerate(layers):
+        if layer is not None and number >= first:
+            found.append(Source(number, layer.root))
+            if _root_entry(layer).opaque:
+                break
+    return found
+
+
+def root(layers: Layers) -> Found:
+    """The root of the merged tree."""
+    sources = tuple(roots(layers, 0))
+    described = (source for source in sources if not _root_entry(layers[source.layer]).implied)
+    return Found(True, sources, next(described, sources[0]))
+
+
+def _root_entry(layer: Layer | None) -> Entry:
+    """The root as `lookup` would give it if it had a name: only a tar can say anything about it."""
+    if isinstance(layer, _Rooted):
+        return layer.root_entry()
+    return Entry(What.DIRECTORY)
+
+
+@runtime_checkable
+class _Rooted(Protocol):
+    def root_entry(self) -> Entry: ...
+
+
+def root(layers: Layers) -> Found:
+    """The root directory of the whole stack."""
+    sources = tuple(roots(layers, 0))
+    described = (s for s in sources if (layer := layers[s.layer]) is not None and not layer.is_implied(s.ref))
+    return Found(True, sources, next(described, sources[0]))
 
 
 def names(layers: Layers, sources: Sequence[Source]) -> dict[Name, int]:

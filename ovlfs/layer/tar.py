@@ -108,6 +108,18 @@ class TarLayer:
             implied=bool(flags & _native.INDEX_IMPLIED),
         )
 
+    @property
+    def root_opaque(self) -> bool:
+        """Whether the tar has `.wh..wh..opq` at its root."""
+        return self.root_entry().opaque
+
+    def is_implied(self, ref: Ref) -> bool:
+        """Whether the tar mentions the directory in paths only, and never describes it."""
+        try:
+            return bool(self.index.flags(ordinal(ref)) & _native.INDEX_IMPLIED)
+        except ValueError as error:
+            raise damaged(error) from error
+
     def attr(self, ref: Ref) -> Attr:
         """The inode's attributes.  A tar has one time for a file: atime and ctime are mtime."""
         try:

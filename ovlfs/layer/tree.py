@@ -99,12 +99,10 @@ class Tree:
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        self._upper = layers[0]
         self._inodes: dict[NodeId, Inode] = {}
         self._by_ino: dict[Ino, Inode] = {}
         self._fresh = _FRESH_NODEID
-        sources = tuple(merge.roots(layers, 0))
-        self._insert(self._inode_of(Found(True, sources, sources[0]), b"", ROOT_NODEID))
+        self._insert(self._inode_of(merge.root(layers), b"", ROOT_NODEID))
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -160,7 +158,7 @@ class Tree:
         inode = Inode(self._new_nodeid(ino), ino, attr, upper=True, lower=(), upper_ino=upper_ino)
         if inode.is_dir:
             inode.children = _Children()
-        self._insert(inode)
+        self._enter(inode)
         self._attach(inode, directory, name)
         return inode.nodeid
 
@@ -183,17 +181,26 @@ class Tree:
     def move(self, parent: NodeId, name: Name, new_parent: NodeId, new_name: Name) -> None:
         """The name is now another one; what had the new name, if anything, has lost it."""
         old_directory, new_directory = self.get(parent), self.get(new_parent)
-        if new_name in self._merged(new_directory).by_name:
-            self.remove(new_parent, new_name)
         inode = self._child(old_directory, name)
+        if old_directory is new_directory and name == new_name:
+            return
+        _, replaced = self._merged(new_directory).by_name.get(new_name, (0, None))
+        if replaced is not None:
+            replaced.names.remove((new_directory, new_name))
+        if new_name in self._merged(new_directory).by_name:
+            self._merged(new_directory).remove(new_name)
         self._merged(old_directory).remove(name)
         inode.names.remove((old_directory, name))
         self._attach(inode, new_directory, new_name)
+        if replaced is not None:  # only now, when the new directory has a name that lives, and is not dropped with it
+            self._drop_if_unused(replaced)
 
     def exchange(self, parent: NodeId, name: Name, new_parent: NodeId, new_name: Name) -> None:
         """Two names have swapped their inodes."""
         one, other = self.get(parent), self.get(new_parent)
         first, second = self._child(one, name), self._child(other, new_name)
+        if one is other and name == new_name:
+            return
         first.names.remove((one, name))
         second.names.remove((other, new_name))
         self._attach(first, other, new_name)
@@ -235,9 +242,8 @@ class Tree:
 
     def sources(self, inode: Inode) -> tuple[Source, ...]:
         """All objects that serve an inode, top first, the upperdir's own included."""
-        if not inode.upper or not inode.is_linked:
-            return inode.lower
-        return (Source(0, self.path(inode.nodeid) or b""), *inode.lower)
+        path = self.path(inode.nodeid) if inode.upper else None
+        return inode.lower if path is None else (Source(0, path), *inode.lower)
 
     def _merged(self, directory: Inode) -> _Children:
         if directory.children is None:
@@ -254,71 +260,33 @@ class Tree:
         return self.get(self.lookup(directory.nodeid, name))
 
     def _resolve(self, directory: Inode, children: _Children, name: Name) -> Inode | None:
-        found = merge.lookup(self.layers, self.sources(directory), name)
-        if found is None:
+        inode = resolve_name(self.layers, self.sources(directory), name, self.path(directory.nodeid) or b"")
+        if inode is None:
             children.remove(name)  # listed, but only a lookup could see that it is whited out
             return None
-        path = self.path(directory.nodeid)
-        inode = self._inode_of(found, b"%s/%s" % (path, name) if path else name)
         inode = self._insert(inode)
         self._attach(inode, directory, name)
         return inode
-
-    def _inode_of(self, found: Found, path: bytes, nodeid: NodeId = ABSENT) -> Inode:
-        """An inode for what a lookup found; not yet in the tables."""
-        layer = self.layers[found.attributes.layer]
-        assert layer is not None
-        attr = layer.attr(found.attributes.ref)
-        if found.is_dir and len(found.sources) > 1:
-            attr = _with_nlink(attr, 1)  # as the kernel: a merged directory does not count its subdirectories
-        upper = found.sources[0].layer == 0
-        lower = found.sources[1:] if upper else found.sources
-        upper_ino = 0
-        if upper:
-            assert isinstance(self._upper, DirLayer)
-            upper_ino, ino = self._identify_upper(path, lower if found.is_dir else ())
-        else:
-            owner = self.layers[lower[0].layer]
-            assert owner is not None
-            ino = owner.ino(lower[0].ref)
-            if not found.is_dir and len(lower) > 1:
-                lower = (lower[0], lower[-1])  # metadata in one lower layer, data in another
-        return Inode(
-            nodeid or ABSENT, ino, attr, upper, lower, found.metacopy, upper and found.redirect is not None, upper_ino
-        )  # fmt: skip
-
-    def _identify_upper(self, path: bytes, lower: Sequence[Source]) -> tuple[int, Ino]:
-        """(real inode number, st_ino to show) of an upper object: the st_ino of what it was copied up from.
-
-        Kernel: fs/overlayfs/inode.c: ovl_getattr().
-        """
-        upper = self._upper
-        assert isinstance(upper, DirLayer)
-        with upper.located(path) as at:
-            st = os.stat(at)
-            if lower:
-                layer = self.layers[lower[0].layer]
-                assert layer is not None
-                return st.st_ino, layer.ino(lower[0].ref)
-            value = upper.own_xattr(at, b"origin", follow=True)
-        origin = decode(self.layers, value) if value is not None else None
-        return st.st_ino, origin if origin is not None else upper.ino_of(st)
 
     def _insert(self, inode: Inode) -> Inode:
         """Enter an inode into the tables, or find the one that has its st_ino already (another hard link)."""
         same = self._by_ino.get(inode.ino)
         if same is not None:
             lives = same.is_linked or same.attr.nlink > 0  # all its names that were known are gone, here is another
-            if not inode.is_dir and lives and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
+            if not inode.is_dir and not same.is_dir and lives and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
                 return same
             if inode.upper and inode.nodeid == ABSENT:  # two upper objects of one origin: the later shows its own
-                assert isinstance(self._upper, DirLayer)
-                inode.ino = self._upper.inos.ino(os.fstat(self._upper.fd).st_dev, inode.upper_ino)
+                upper = self.layers[0]
+                assert isinstance(upper, DirLayer)
+                inode.ino = upper.inos.ino(os.fstat(upper.fd).st_dev, inode.upper_ino)
         if inode.nodeid == ABSENT:
             inode.nodeid = self._new_nodeid(inode.ino)
+        self._enter(inode)
+        return inode
+
+    def _enter(self, inode: Inode) -> None:
         self._inodes[inode.nodeid] = inode
         self._by_ino.setdefault(inode.ino, inode)
-        return inode
 
     def _new_nodeid(self, ino: Ino) -> NodeId:
         wanted = NodeId(ino)
@@ -365,6 +333,68 @@ class Tree:
 
     def __iter__(self) -> Iterator[Inode]:
         return iter(self._inodes.values())
+
+
+def resolve_name(layers: Layers, sources: Sequence[Source], name: Name, directory: bytes) -> Inode | None:
+    """What `name` is in the merged directory made of `sources`, whose path in the tree is `directory`.
+
+    The inode is in no tree yet, and has no nodeid.  The native tree asks this for what it does not decide itself.
+    """
+    found = merge.lookup(layers, sources, name)
+    if found is None:
+        return None
+    return _inode_of(layers, found, b"%s/%s" % (directory, name) if directory else name)
+
+
+def root_inode(layers: Layers) -> Inode:
+    """The root of a stack.  Numbers the file systems of its layers, in the same order at every mount."""
+    for layer in layers:
+        if isinstance(layer, DirLayer):
+            layer.inos.ino(os.fstat(layer.fd).st_dev, 0)
+    inode = _inode_of(layers, merge.root(layers), b"")
+    inode.nodeid = ROOT_NODEID
+    return inode
+
+
+def _inode_of(layers: Layers, found: Found, path: bytes) -> Inode:
+    """An inode for what a lookup found; not yet in the tables."""
+    layer = layers[found.attributes.layer]
+    assert layer is not None
+    attr = layer.attr(found.attributes.ref)
+    if found.is_dir != stat.S_ISDIR(attr.mode):
+        raise OSError(errno.EUCLEAN, "override_stat says of a directory that it is none, or the other way round")
+    if found.is_dir and len(found.sources) > 1:
+        attr = _with_nlink(attr, 1)  # as the kernel: a merged directory does not count its subdirectories
+    upper = found.sources[0].layer == 0
+    lower = found.sources[1:] if upper else found.sources
+    upper_ino = 0
+    if upper:
+        upper_ino, ino = _identify_upper(layers, path, lower if found.is_dir else ())
+    else:
+        owner = layers[lower[0].layer]
+        assert owner is not None
+        ino = owner.ino(lower[0].ref)
+        if not found.is_dir and len(lower) > 1:
+            lower = (lower[0], lower[-1])  # metadata in one lower layer, data in another
+    return Inode(ABSENT, ino, attr, upper, lower, found.metacopy, upper and found.redirect is not None, upper_ino)
+
+
+def _identify_upper(layers: Layers, path: bytes, lower: Sequence[Source]) -> tuple[int, Ino]:
+    """(real inode number, st_ino to show) of an upper object: the st_ino of what it was copied up from.
+
+    Kernel: fs/overlayfs/inode.c: ovl_getattr().
+    """
+    upper = layers[0]
+    assert isinstance(upper, DirLayer)
+    with upper.located(path) as at:
+        st = os.stat(at)
+        if lower:
+            layer = layers[lower[0].layer]
+            assert layer is not None
+            return st.st_ino, layer.ino(lower[0].ref)
+        value = upper.own_xattr(at, b"origin", follow=True)
+    origin = decode(layers, value) if value is not None else None
+    return st.st_ino, origin if origin is not None else upper.ino_of(st)
 
 
 def _with_nlink(attr: Attr, nlink: int) -> Attr:

@@ -225,8 +225,7 @@ def metadata_source(stack: Stack, inode: Inode) -> tuple[Layer, Ref]:
     for source in inode.lower:
         layer = stack.layers[source.layer]
         assert layer is not None
-        is_implied = getattr(layer, "is_implied", None)
-        if is_implied is None or not is_implied(source.ref):
+        if not layer.is_implied(source.ref):
             return layer, source.ref
     layer = stack.layers[inode.lower[0].layer]
     assert layer is not None

@@ -8,15 +8,28 @@ others write (kernel: file.c: ovl_real_fdget(), since 4.19).
 import errno
 import os
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
+from ovlfs.ids import Name
+from ovlfs.layer import sys
 from ovlfs.layer.base import Extent
+from ovlfs.layer.directory import DirLayer
 from ovlfs.layer.tree import Inode
-from ovlfs.overlay import copy_up
+from ovlfs.overlay import copy_up, dir
+from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
 
 _KEPT = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
 """Open flags that the real file gets.  Not O_APPEND: the kernel gives every write its offset; not O_DIRECT: it asks for
 aligned memory, which Python's buffers are not."""
+
+_PIECE_BYTES = 1 << 20
+COPY_MAX_BYTES = 64 << 20
+"""What one copy_file_range does at most; the caller asks again for the rest."""
+_NOT_IN_KERNEL = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS))
+"""copy_file_range answers that mean "not between these two": copy by reading and writing."""
+_NO_NAME = Name(b"/")
+"""For a moment in the tree, the name of a file without one; no request can have a slash in a name."""
 
 
 class Handle:
@@ -32,6 +45,7 @@ class Handle:
         self.flags = flags & _KEPT
         self.extents: list[Extent] | None = None
         self._on_upper = False
+        self._sparse_fd = False
         self.fd = -1
         self._open()
 
@@ -40,11 +54,12 @@ class Handle:
         if inode.upper and not inode.metacopy:
             with self._stack.object(inode) as path:
                 self.fd = os.open(path, self.flags | os.O_CLOEXEC | os.O_NOCTTY)
-            self.extents, self._on_upper = None, True
+            self.extents, self._on_upper, self._sparse_fd = None, True, True
             return
         layer, source = copy_up.data_source(self._stack, inode)
         self.fd, self.extents = layer.extents(source.ref)
         self._starts = [extent.logical for extent in self.extents]
+        self._sparse_fd = isinstance(layer, DirLayer)  # the descriptor is the file itself, and knows its holes
 
     def _follow_copy_up(self) -> None:
         if not self._on_upper and self._inode.upper and not self._inode.metacopy:
@@ -90,6 +105,55 @@ class Handle:
         self._stack.refresh(self._inode.nodeid)
         return written
 
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE.  Raises ENXIO beyond the end, or when there is no data any more."""
+        self._follow_copy_up()
+        if self._sparse_fd:
+            return os.lseek(self.fd, offset, whence)
+        size = self._inode.attr.size
+        if not 0 <= offset < size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        for extent in self.extents or ():
+            if _end(extent) <= offset:
+                continue
+            if whence == os.SEEK_DATA:
+                return max(offset, extent.logical)
+            if extent.logical > offset:
+                return offset
+            offset = _end(extent)
+        if whence == os.SEEK_DATA:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return min(offset, size)
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2); then the caller calls refresh().  Any thread."""
+        if not self._on_upper:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        sys.fallocate(self.fd, mode, offset, length)
+
+    def refresh(self) -> None:
+        """Take the attributes anew, after the file was changed."""
+        self._stack.refresh(self._inode.nodeid)
+
+    def copying_to(self, target: "Handle", offset: int, target_offset: int, length: int) -> Callable[[], int]:
+        """What copies up to `length` bytes to another file, for any thread to call once; the caller refreshes `target`.
+
+        It returns how many bytes were copied, at most COPY_MAX_BYTES, 0 at the end of this file.
+        """
+        self._follow_copy_up()
+        size = os.fstat(self.fd).st_size if self.extents is None else self._inode.attr.size
+        length = min(length, COPY_MAX_BYTES, max(0, size - offset))
+        pieces = [(offset, length)] if self.extents is None else _pieces(self.extents, offset, length)
+        source_fd = os.dup(self.fd)  # a copy-up meanwhile closes ours
+
+        def copy() -> int:
+            try:
+                return _copy_pieces(source_fd, pieces, target.fd, target_offset)
+            finally:
+                os.close(source_fd)
+
+        return copy
+
     def sync(self, *, data_only: bool) -> None:
         """fsync(2) or fdatasync(2); nothing for lower files and volatile mounts.  Blocking; any thread."""
         if self._on_upper and not self._stack.volatile:
@@ -107,3 +171,81 @@ class Handle:
 
 def _end(extent: Extent) -> int:
     return extent.logical + extent.length
+
+
+def _pieces(extents: list[Extent], offset: int, length: int) -> list[tuple[int | None, int]]:
+    """Where `length` bytes at `offset` come from, in order: (physical, or None for a hole; length)."""
+    pieces: list[tuple[int | None, int]] = []
+    end = offset + length
+    for extent in extents:
+        start, stop = max(extent.logical, offset), min(_end(extent), end)
+        if start < stop:
+            if start > offset:
+                pieces.append((None, start - offset))
+            pieces.append((extent.physical + start - extent.logical, stop - start))
+            offset = stop
+    if offset < end:
+        pieces.append((None, end - offset))
+    return pieces
+
+
+def _copy_pieces(source_fd: int, pieces: Sequence[tuple[int | None, int]], target_fd: int, at: int) -> int:
+    """Copy; the number of bytes.  An error after the first byte ends it with what was copied, as with write(2)."""
+    began = at
+    in_kernel = True
+    for physical, length in pieces:
+        done = 0
+        while done < length:
+            wanted = length - done
+            try:
+                if physical is not None and in_kernel:
+                    try:
+                        copied = os.copy_file_range(source_fd, target_fd, wanted, physical + done, at)
+                    except OSError as error:
+                        if error.errno not in _NOT_IN_KERNEL:
+                            raise
+                        in_kernel = False
+                        continue
+                else:
+                    wanted = min(wanted, _PIECE_BYTES)
+                    data = bytes(wanted) if physical is None else os.pread(source_fd, wanted, physical + done)
+                    copied = os.pwrite(target_fd, data, at) if data else 0
+            except OSError:
+                if at > began:
+                    return at - began
+                raise
+            if copied == 0:
+                return at - began
+            done += copied
+            at += copied
+    return at - began
+
+
+def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
+    """O_TMPFILE: a regular file that has no name yet, perhaps never; the kernel is told of it (one reference).
+
+    It has its object in `stack.orphans`, as a file has that has lost its last name.  Kernel: dir.c: ovl_create_tmpfile().
+
+    Raises:
+        OSError: EROFS; ENOENT (the directory was removed); EOPNOTSUPP where the upper file system has no O_TMPFILE.
+    """
+    upper = stack.need_upper()
+    copy_up.parent(stack, parent)
+    new = dir.inherit_group(parent, new)
+    with stack.object(parent) as parent_path:
+        new, acls = dir.inherit_acl(parent_path, new)
+    fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
+    try:
+        path = sys.fd_path(fd)
+        upper.owner.set(path, new.mode, new.uid, new.gid)
+        for name, value in acls.items():
+            os.setxattr(path, name, value)
+        attr, upper_ino, ino = upper.attr(path)
+        held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+    nodeid = stack.tree.add(parent.nodeid, _NO_NAME, attr, upper_ino, ino)
+    stack.tree.ref(nodeid)
+    stack.tree.remove(parent.nodeid, _NO_NAME)
+    stack.orphans[nodeid] = held
+    return stack.tree.get(nodeid)

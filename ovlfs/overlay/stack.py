@@ -128,6 +128,8 @@ def open_stack(params: Params, lowers: Sequence[Layer] | None = None, *, inos: I
     Raises:
         MountError: with one line that says what cannot be used, and why.
     """
+    if params.uidmapping or params.gidmapping or params.squash_uid is not None or params.squash_gid is not None:
+        raise MountError("uidmapping, gidmapping and squash_to_* are not supported")
     inos = inos or InoMap()
     upper, userxattr = None, params.userxattr
     if params.upperdir is not None and params.workdir is not None and not params.read_only:
@@ -150,7 +152,7 @@ def _cut_below_opaque_root(lowers: Sequence[Layer]) -> list[Layer]:
     kept: list[Layer] = []
     for layer in lowers:
         kept.append(layer)
-        if getattr(layer, "root_opaque", False):
+        if layer.root_opaque:
             break
     return kept
 
@@ -203,7 +205,8 @@ def _claim_workdir(params: Params, layer: DirLayer) -> int:
             os.stat(_DIRTY, dir_fd=fd)
             raise MountError(
                 f"workdir {printable(params.workdir)}: the last mount was volatile and did not end in order, what is "
-                f"in the upperdir may be damaged; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it still"
+                "in the upperdir may be damaged; "
+                f"remove {printable(os.path.join(params.workdir, _DIRTY))} to use it all the same"
             )
         with suppress(FileExistsError):
             os.mkdir(_WORK, 0o700, dir_fd=fd)
