@@ -16,7 +16,7 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from ovlfs.ids import Name
 from ovlfs.layer.base import Entry, Layer, Ref, What
@@ -205,28 +205,9 @@ def roots(layers: Layers, first: int) -> list[Source]:
     for number, layer in enumerate(layers):
         if layer is not None and number >= first:
             found.append(Source(number, layer.root))
-            if _root_entry(layer).opaque:
+            if layer.root_opaque:
                 break
     return found
-
-
-def root(layers: Layers) -> Found:
-    """The root of the merged tree."""
-    sources = tuple(roots(layers, 0))
-    described = (source for source in sources if not _root_entry(layers[source.layer]).implied)
-    return Found(True, sources, next(described, sources[0]))
-
-
-def _root_entry(layer: Layer | None) -> Entry:
-    """The root as `lookup` would give it if it had a name: only a tar can say anything about it."""
-    if isinstance(layer, _Rooted):
-        return layer.root_entry()
-    return Entry(What.DIRECTORY)
-
-
-@runtime_checkable
-class _Rooted(Protocol):
-    def root_entry(self) -> Entry: ...
 
 
 def root(layers: Layers) -> Found:

@@ -102,7 +102,7 @@ class Tree:
         self._inodes: dict[NodeId, Inode] = {}
         self._by_ino: dict[Ino, Inode] = {}
         self._fresh = _FRESH_NODEID
-        self._insert(self._inode_of(merge.root(layers), b"", ROOT_NODEID))
+        self._insert(root_inode(layers))
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -273,7 +273,8 @@ class Tree:
         same = self._by_ino.get(inode.ino)
         if same is not None:
             lives = same.is_linked or same.attr.nlink > 0  # all its names that were known are gone, here is another
-            if not inode.is_dir and not same.is_dir and lives and same.upper == inode.upper and same.upper_ino == inode.upper_ino:
+            same_object = same.upper == inode.upper and same.upper_ino == inode.upper_ino
+            if not inode.is_dir and not same.is_dir and lives and same_object:
                 return same
             if inode.upper and inode.nodeid == ABSENT:  # two upper objects of one origin: the later shows its own
                 upper = self.layers[0]
