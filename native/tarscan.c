@@ -799,8 +799,11 @@ static ovl_err_t pax_record(struct ovl_tarscan *s, const uint8_t *key, size_t le
 static ovl_err_t read_pax(struct ovl_tarscan *s, bool global)
 {
 	const uint8_t *at = s->meta.at;
-	const uint8_t *end = at + s->meta.len;
+	const uint8_t *end;
 
+	if (s->meta.len == 0)
+		return 0;
+	end = at + s->meta.len;
 	while (at < end) {
 		size_t left = (size_t)(end - at);
 		const uint8_t *space, *equal;
