@@ -4,18 +4,26 @@
 returns.  SIGTERM and SIGINT unmount in order: no new opens get in, what is open keeps working until it is closed or
 the second signal detaches the mount.
 
-pyfuse3 keeps one session per process in module globals, so there is one `serve` per process, too.
+With the lane (the default, see lane.py and native/lane.h), we mount, the lane owns /dev/fuse, and pyfuse3 gets one end
+of a socket pair; without it pyfuse3 mounts and reads the device itself.  Either way pyfuse3 keeps one session per
+process in module globals, so there is one `serve` per process, too.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyfuse3
 import trio
 
+from ovlfs._native import Lane
+from ovlfs.errors import MountError
+from ovlfs.fuse import mounting
+from ovlfs.fuse.lane import MAX_WRITE_BYTES, ExtraServer, MountRequest, UnboundOperations, open_and_mount
 from ovlfs.fuse.operations import Operations
 from ovlfs.overlay.stack import Stack
 
@@ -52,27 +60,83 @@ class MountOptions:
         return words
 
 
-def serve(stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None]) -> None:
+def serve(
+    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], *, lane: bool = True
+) -> None:
     """Mount `stack` on `mountpoint`, call `ready` once it answers, and return after it was unmounted.
 
+    The stack is closed when this returns, however it does.  Without `lane` there is no fallocate, lseek,
+    copy_file_range and O_TMPFILE, and default ACLs lose what the umask takes away.
+
     Raises:
-        RuntimeError: the mount failed; libfuse or fusermount3 has said why on stderr.
+        MountError: the mount failed.
+        RuntimeError: the same, without the lane; libfuse or fusermount3 has said why on stderr.
     """
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(stack.close)
+        if lane:
+            _serve_by_lane(stack, mountpoint, options, ready, cleanup)
+        else:
+            _serve_by_session(stack, mountpoint, options, ready, cleanup)
+
+
+def _serve_by_session(
+    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], cleanup: contextlib.ExitStack
+) -> None:
     operations = Operations(stack)
+    cleanup.callback(operations.close)
     pyfuse3.init(operations, os.fsdecode(mountpoint), options.words())
     unmount = True
     try:
-        trio.run(_run, mountpoint, ready, restrict_keyboard_interrupt_to_checkpoints=True)
+        trio.run(_run, mountpoint, ready, None, restrict_keyboard_interrupt_to_checkpoints=True)
         unmount = False  # the kernel said so: nothing is mounted any more
     finally:
         pyfuse3.close(unmount=unmount)
-        operations.close()
-        stack.close()
 
 
-async def _run(mountpoint: bytes, ready: Callable[[], None]) -> None:
+def _serve_by_lane(
+    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], cleanup: contextlib.ExitStack
+) -> None:
+    """What is given back at the end, in order: pyfuse3's session, the lane (which aborts what is left), the mount."""
+    operations = UnboundOperations(stack)
+    cleanup.callback(operations.close)
+    device = open_and_mount(
+        MountRequest(mountpoint, options.source, options.allow_other, options.read_only, options.flags)
+    )
+    cleanup.callback(_unmount_rest, mountpoint, mounting.find_mount(mountpoint))
+    try:
+        for_lane, for_session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except BaseException:
+        os.close(device)
+        raise
+    with for_session:
+        native = Lane(device, for_lane.detach(), max_write=MAX_WRITE_BYTES)
+        cleanup.callback(native.close)
+        for_session.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # replies; the lane sizes its own end
+        # libfuse takes an open descriptor by this name, and closes it.
+        pyfuse3.init(operations, f"/dev/fd/{for_session.fileno()}", {"default_permissions"})
+        for_session.detach()
+    cleanup.callback(pyfuse3.close, unmount=False)
+    native.start()
+    trio.run(_run, mountpoint, ready, ExtraServer(native, operations), restrict_keyboard_interrupt_to_checkpoints=True)
+    if native.end_reason:
+        raise MountError(f"/dev/fuse: {os.strerror(native.end_reason)}")
+
+
+def _unmount_rest(mountpoint: bytes, ours: mounting.MountEntry | None) -> None:
+    """Take our mount away if it is still there: after an exception, or when its connection was aborted."""
+    now = mounting.find_mount(mountpoint)
+    if ours is not None and now is not None and now.device == ours.device:
+        with contextlib.suppress(MountError):  # there is nobody left to tell; the kernel says ENOTCONN from now on
+            mounting.unmount(mountpoint, lazy=True)
+
+
+async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer | None) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_unmount_on_signal, mountpoint)
+        if extra is not None:
+            nursery.start_soon(extra.run)
+            nursery.start_soon(_terminate_at_end, extra)
 
         async def session() -> None:
             await pyfuse3.main()
@@ -81,6 +145,12 @@ async def _run(mountpoint: bytes, ready: Callable[[], None]) -> None:
         nursery.start_soon(session)
         await trio.to_thread.run_sync(os.stat, mountpoint)  # answered by the session beside this task
         ready()
+
+
+async def _terminate_at_end(extra: ExtraServer) -> None:
+    """The device's end is the lane's to notice; pyfuse3 would wait at its socket for ever."""
+    await extra.ended()
+    pyfuse3.terminate()
 
 
 async def _unmount_on_signal(mountpoint: bytes) -> None:

@@ -38,6 +38,7 @@ _libc.name_to_handle_at.argtypes = [
 ]
 _libc.open_by_handle_at.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def _fail(path: bytes = b"") -> OSError:
@@ -95,6 +96,13 @@ def syncfs(fd: int) -> None:
     """syncfs(2): everything on the file system of `fd` is on disk when this returns."""
     if _libc.syncfs(fd) != 0:
         raise _fail()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its modes, which os.posix_fallocate() lacks."""
+    while _libc.fallocate64(fd, mode, offset, length) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            raise _fail()
 
 
 def name_to_handle(dirfd: int, name: bytes, flags: int = 0) -> tuple[int, bytes]:

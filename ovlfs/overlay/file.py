@@ -15,7 +15,8 @@ from ovlfs.layer import sys
 from ovlfs.layer.base import Extent
 from ovlfs.layer.directory import DirLayer
 from ovlfs.layer.tree import Inode
-from ovlfs.overlay import copy_up, dir
+from ovlfs.overlay import copy_up
+from ovlfs.overlay import dir as directory_ops
 from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
 
@@ -224,16 +225,18 @@ def _copy_pieces(source_fd: int, pieces: Sequence[tuple[int | None, int]], targe
 def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
     """O_TMPFILE: a regular file that has no name yet, perhaps never; the kernel is told of it (one reference).
 
-    It has its object in `stack.orphans`, as a file has that has lost its last name.  Kernel: dir.c: ovl_create_tmpfile().
+    It has its object in `stack.orphans`, as a file has that has lost its last name.
+
+    Kernel: dir.c: ovl_create_tmpfile().
 
     Raises:
         OSError: EROFS; ENOENT (the directory was removed); EOPNOTSUPP where the upper file system has no O_TMPFILE.
     """
     upper = stack.need_upper()
     copy_up.parent(stack, parent)
-    new = dir.inherit_group(parent, new)
+    new = directory_ops._inherit_group(parent, new)  # noqa: SLF001
     with stack.object(parent) as parent_path:
-        new, acls = dir.inherit_acl(parent_path, new)
+        new, acls = directory_ops._inherit_acl(parent_path, new)  # noqa: SLF001
     fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
     try:
         path = sys.fd_path(fd)
