@@ -44,7 +44,7 @@ requests = logging.getLogger("ovlfs.requests")
 
 TIMEOUT_S = 86400.0
 LARGE_BYTES = 1 << 20
-"""A larger read, write or truncate is done in a thread, so that others need not wait for the disk."""
+"""Work on more bytes than this is done in a thread, so that others need not wait for the disk."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -100,6 +100,8 @@ class Operations(pyfuse3.Operations):
         self._locks = InodeLocks()
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
+        if requests.isEnabledFor(logging.DEBUG):
+            stack.events.listeners.append(lambda event: requests.debug("  %s", event))
 
     def close(self) -> None:
         """Close what clients left open (after a forced unmount)."""

@@ -10,6 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+from ovlfs.layer.directory import NAME_MAX, DirLayer
 from ovlfs.layer.tree import Inode
 from ovlfs.overlay import copy_up
 from ovlfs.overlay.owner import NewObject
@@ -78,13 +79,27 @@ def _remake(stack: Stack, inode: Inode, owner: tuple[int, int]) -> None:
     stack.tree.set_attr(inode.nodeid, new_attr)
 
 
-def statvfs(stack: Stack) -> os.statvfs_result:
-    """The upperdir's file system's numbers (without one: those of the topmost lower directory)."""
+@dataclass(frozen=True, slots=True)
+class FileSystemNumbers:
+    """What statvfs(3) shows; sizes in units of `f_frsize` bytes."""
+
+    f_bsize: int = 4096
+    f_frsize: int = 4096
+    f_blocks: int = 0
+    f_bfree: int = 0
+    f_bavail: int = 0
+    f_files: int = 0
+    f_ffree: int = 0
+    f_favail: int = 0
+    f_namemax: int = NAME_MAX
+
+
+def statvfs(stack: Stack) -> "os.statvfs_result | FileSystemNumbers":
+    """The numbers of the upperdir's file system, or of the topmost lower directory's; an image alone has no room."""
     for layer in stack.layers:
-        fd = getattr(layer, "fd", None)
-        if fd is not None:
-            return os.fstatvfs(fd)
-    raise AssertionError("a stack has at least one layer")
+        if isinstance(layer, DirLayer):
+            return os.fstatvfs(layer.fd)
+    return FileSystemNumbers()
 
 
 def open_for_sync(stack: Stack, inode: Inode) -> int | None:

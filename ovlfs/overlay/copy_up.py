@@ -32,7 +32,8 @@ from ovlfs.layer import origin, sys
 from ovlfs.layer.base import Attr, Extent, Layer, Ref
 from ovlfs.layer.directory import DirLayer, getxattr
 from ovlfs.layer.merge import Source
-from ovlfs.layer.tree import ABSENT, Inode
+from ovlfs.layer.tree import Inode
+from ovlfs.overlay import namei
 from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
 
@@ -410,13 +411,18 @@ class _Copy:
         if self.inode.is_dir:
             return
         layer, ref = metadata_source(self.stack, self.inode)
-        for path in layer.links(ref):
-            at = self.stack.tree.get(ROOT_NODEID)
-            for part in path.split(b"/"):
-                nodeid = self.stack.tree.lookup(at.nodeid, Name(part)) if at.is_dir else ABSENT
-                if nodeid == ABSENT:
-                    break
-                at = self.stack.tree.get(nodeid)
+        paths = layer.links(ref)
+        if len(paths) == 1:
+            return
+        for path in paths:
+            namei.walk(self.stack, path)
+        if len(self.stack.tree.names(self.inode.nodeid)) < len(paths):
+            # Some are deleted, or stand in a directory that was moved.
+            moved = namei.moved_directories(self.stack)
+            for path in paths:
+                for now, before in moved:
+                    if path.startswith(before + b"/"):
+                        namei.walk(self.stack, now + path[len(before) :])
 
     def _place(self, temp: Name, names: list[tuple[Inode, Name]]) -> None:
         """Move the object to its first name and link it to the others; the parents keep their times."""

@@ -11,6 +11,7 @@ import stat
 
 from ovlfs.ids import ROOT_NODEID, Name
 from ovlfs.layer import merge
+from ovlfs.layer.base import What
 from ovlfs.layer.directory import NAME_MAX
 from ovlfs.layer.tree import ABSENT, Inode
 from ovlfs.overlay.stack import Stack
@@ -91,3 +92,37 @@ def redirect_of(stack: Stack, inode: Inode) -> bytes:
     if len(redirect) > REDIRECT_MAX_BYTES:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
     return redirect
+
+
+def walk(stack: Stack, path: bytes) -> Inode | None:
+    """The inode of a path from the root, symlinks not followed; None where a component is missing."""
+    at = stack.tree.get(ROOT_NODEID)
+    for part in path.split(b"/"):
+        nodeid = stack.tree.lookup(at.nodeid, Name(part)) if at.is_dir else ABSENT
+        if nodeid == ABSENT:
+            return None
+        at = stack.tree.get(nodeid)
+    return at
+
+
+def moved_directories(stack: Stack) -> list[tuple[bytes, bytes]]:
+    """(path now, path in the layers below) of every directory in the upperdir that a redirect has moved.
+
+    One walk over the upperdir: only needed to find the other names of a hard link (copy_up).
+    """
+    upper = stack.need_upper()
+    moved: list[tuple[bytes, bytes]] = []
+    todo = [(b"", b"")]
+    while todo:
+        now, before = todo.pop()
+        for name, what in list(upper.layer.list(now)):
+            if what is not What.DIRECTORY:
+                continue
+            path, below = now + b"/" + name if now else name, before + b"/" + name if before else name
+            with upper.layer.located(path) as at:
+                redirect = upper.layer.own_xattr(at, b"redirect", follow=True)
+            if redirect is not None:
+                below = redirect[1:] if redirect[:1] == b"/" else below[: len(below) - len(name)] + redirect
+                moved.append((path, below))
+            todo.append((path, below))
+    return moved

@@ -106,7 +106,8 @@ class Upper:
             try:
                 sys.renameat2(self.work_fd, temp, dirfd, name, sys.RENAME_NOREPLACE)
             except FileExistsError:
-                # The merged tree does not have the name, so what is here is a whiteout.
+                if not self.is_whiteout(parent, name):
+                    raise  # somebody else writes to the upperdir: keep what is there
                 sys.renameat2(self.work_fd, temp, dirfd, name, sys.RENAME_EXCHANGE)
                 os.unlink(temp, dir_fd=self.work_fd)
 
