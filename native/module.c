@@ -13,6 +13,7 @@ static int (*const parts[])(PyObject *module) = {
 	ovl_add_tarscan,
 	ovl_add_index,
 	ovl_add_lane,
+	ovl_add_tree,
 };
 
 PyObject *ovl_raise(ovl_err_t err)
@@ -38,6 +39,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 	Py_VISIT(state->tar_error);
 	Py_VISIT(state->tarscanner_type);
 	Py_VISIT(state->index_type);
+	Py_VISIT(state->tree_type);
+	Py_VISIT(state->inode_type);
 	return 0;
 }
 
@@ -48,6 +51,8 @@ static int module_clear(PyObject *module)
 	Py_CLEAR(state->tar_error);
 	Py_CLEAR(state->tarscanner_type);
 	Py_CLEAR(state->index_type);
+	Py_CLEAR(state->tree_type);
+	Py_CLEAR(state->inode_type);
 	return 0;
 }
 

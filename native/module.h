@@ -18,6 +18,8 @@ struct ovl_module_state {
 	PyObject *tar_error;           /* exception type TarError */
 	PyTypeObject *tarscanner_type; /* TarScanner */
 	PyTypeObject *index_type;      /* Index */
+	PyTypeObject *tree_type;       /* Tree */
+	PyTypeObject *inode_type;      /* Inode */
 };
 
 static inline struct ovl_module_state *ovl_module_state(PyObject *module)
@@ -28,6 +30,7 @@ static inline struct ovl_module_state *ovl_module_state(PyObject *module)
 int ovl_add_tarscan(PyObject *module);
 int ovl_add_index(PyObject *module);
 int ovl_add_lane(PyObject *module);
+int ovl_add_tree(PyObject *module);
 
 /* The C index inside an Index object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything
  * else. */

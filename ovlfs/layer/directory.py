@@ -75,6 +75,10 @@ class InoMap:
             number = (number ^ (number >> 17)) & ((1 << 48) - 1)
         return Ino((index << 48) | number)
 
+    def known(self) -> dict[int, int]:
+        """The numbers that were given so far, by device."""
+        return dict(self._numbers)
+
 
 class DirLayer:
     """A directory as a layer (see layer.base.Layer for the methods).
