@@ -33,9 +33,6 @@ INO_SHIFT = 40
 LAYERS_MAX = 1 << 22
 """So that every st_ino is below 2^63."""
 
-NO_FALLBACK = -1
-"""The `ref` of a LINK_BELOW whose target is nowhere in its own layer."""
-
 READ_BYTES = 64 * 1024
 """One read of `scan`: about the size at which reading a file's data costs as much as another system call."""
 
@@ -73,7 +70,7 @@ class TarLayer:
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
         """What the layer says about `name`; None: nothing.
 
-        For a LINK_BELOW, a `ref` other than NO_FALLBACK is what this layer itself put at `target` after the link: to
+        For a LINK_BELOW, a `ref` other than 0 is what this layer itself put at `target` after the link: to
         be used if no layer below has it (a hard link that stands before its target in the tar).
 
         Raises:
@@ -87,7 +84,7 @@ class TarLayer:
             return None
         what, ref, flags, target = found
         if what == What.LINK_BELOW:
-            return Entry(What.LINK_BELOW, ref or NO_FALLBACK, target=target)
+            return Entry(What.LINK_BELOW, ref, target=target)
         return Entry(
             What(what),
             ref,

@@ -12,7 +12,7 @@ import pytest
 from ovlfs.errors import LayerError
 from ovlfs.ids import Name
 from ovlfs.layer.base import Attr, Entry, Extent, Layer, What
-from ovlfs.layer.tar import INO_BASE, INO_SHIFT, LAYERS_MAX, NO_FALLBACK, READ_BYTES, TarLayer, scan
+from ovlfs.layer.tar import INO_BASE, INO_SHIFT, LAYERS_MAX, READ_BYTES, TarLayer, scan
 
 BEFORE = 512
 """The layer's tar does not begin where the file does."""
@@ -79,7 +79,7 @@ def test_lookup_tells_what_the_layer_says(layer: TarLayer) -> None:
     assert not at(layer, b"usr").implied
     assert at(layer, b"opt").opaque
     assert at(layer, b"ln").what is What.OTHER
-    assert at(layer, b"usr/below") == Entry(What.LINK_BELOW, NO_FALLBACK, target=b"bin/sh")
+    assert at(layer, b"usr/below") == Entry(What.LINK_BELOW, target=b"bin/sh")
     assert at(layer, b"usr/early") == Entry(What.LINK_BELOW, at(layer, b"usr/late").ref, target=b"usr/late")
     assert layer.root_entry() == Entry(What.DIRECTORY, 0, implied=True)
     with pytest.raises(NotADirectoryError):
