@@ -138,7 +138,10 @@ def open_stack(params: Params, lowers: Sequence[Layer] | None = None, *, inos: I
         directories = lowers is None
         if lowers is None:
             prefixes = (USER, TRUSTED) if userxattr else (TRUSTED, USER)
-            lowers = [_open_lower(path, params, inos, prefixes) for path in params.lowerdirs]
+            lowers = [_open_lower(path, inos, prefixes, oci=params.oci_whiteouts) for path in params.lowerdirs]
+        if params.upperdir is not None and upper is None:
+            # Nothing can be written, so an upperdir is a layer like the others, but for `.wh.` names.
+            lowers = [_open_lower(params.upperdir, inos, (TRUSTED, USER), oci=False), *lowers]
         lowers = _cut_below_opaque_root(lowers)
         return Stack(lowers, upper, params, kernel_userxattr=bool(userxattr) and directories)
     except BaseException:
@@ -157,9 +160,9 @@ def _cut_below_opaque_root(lowers: Sequence[Layer]) -> list[Layer]:
     return kept
 
 
-def _open_lower(path: bytes, params: Params, inos: InoMap, prefixes: tuple[bytes, ...]) -> DirLayer:
+def _open_lower(path: bytes, inos: InoMap, prefixes: tuple[bytes, ...], *, oci: bool) -> DirLayer:
     try:
-        layer = DirLayer(path, inos, prefixes=prefixes, oci=params.oci_whiteouts)
+        layer = DirLayer(path, inos, prefixes=prefixes, oci=oci)
         layer.override = OVERRIDE_XATTR in map(os.fsencode, os.listxattr(layer.fd))
     except OSError as error:
         raise MountError(f"lowerdir {printable(path)}: {error.strerror}") from error
