@@ -8,10 +8,15 @@ scratch directory.
 """
 
 import contextlib
+import gzip
+import hashlib
+import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,14 +141,14 @@ def scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
     yield directory
     left = unmount_below(directory)
     _remove(directory)
-    if left and not getattr(request.node, "leaves_mounts", False):
+    if left:
         pytest.fail(f"mounts were left behind: {', '.join(map(str, left))}")
 
 
 @pytest.fixture(autouse=True)
 def _own_places(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's own store, registry and logs."""
-    places = request.config.stash[_SESSION] / "places"
+    places = Path(tempfile.mkdtemp(prefix="places-", dir=request.config.stash[_SESSION]))
     for variable, name in (
         ("OVLFS_STORE", "store"),
         ("OVLFS_RUNTIME_DIR", "run"),
@@ -196,3 +201,54 @@ def mounted(ovlfs: Run, scratch: Path) -> Iterator[Callable[..., Path]]:
     for mountpoint in reversed(mountpoints):
         if mounting.find_mount(os.fsencode(mountpoint)) is not None:
             ovlfs("umount", mountpoint, code=None)
+
+
+# ---- an image --------------------------------------------------------------------------------------------------------
+
+SmallImage = Callable[..., Path]
+
+
+@pytest.fixture
+def small_image(scratch: Path) -> SmallImage:
+    """`small_image({"etc/hosts": b"..."}, {...}, name="image.tar")` writes a docker archive, a dict for each layer.
+
+    The bottom layer comes first; a content of None is a directory, a str a symlink's target.
+    """
+
+    def build(
+        *layers: dict[str, bytes | str | None],
+        name: str = "image.tar",
+        tag: str = "small:latest",
+        compress: bool = False,
+    ) -> Path:
+        raw = [_tar(layer) for layer in layers or ({"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"},)]
+        diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in raw]
+        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        names = [f"layer{number}.tar" for number in range(len(raw))]
+        manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": names}]
+        stored = [gzip.compress(layer, 1) for layer in raw] if compress else raw
+        members: dict[str, bytes | str | None] = {
+            "manifest.json": json.dumps(manifest).encode(),
+            "config.json": json.dumps(config).encode(),
+        }
+        path = scratch / name
+        path.write_bytes(_tar(members | dict(zip(names, stored, strict=True))))
+        return path
+
+    return build
+
+
+def _tar(members: dict[str, bytes | str | None]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.mtime, info.mode = 1_700_000_000, 0o644
+            if content is None:
+                info.type, info.mode = tarfile.DIRTYPE, 0o755
+            elif isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return stream.getvalue()

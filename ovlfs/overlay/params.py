@@ -4,8 +4,9 @@ One string of words separated by commas, as mount(8), fstab, `mount -t overlay` 
 word is either honoured or refused by name: an option that is silently ignored is a promise broken.  The words that are
 accepted and change nothing are listed with the reason (`_NOTHING_TO_DO`).
 
-A backslash takes the meaning from the next character, be it a comma, a colon or a backslash, in every value.  A value
-in double quotes may hold commas (mount(8) writes `context="..."` so).  The last of several equal words wins.
+A backslash takes the meaning from the next character, be it a comma, a colon or a backslash, in every value.  An
+SELinux context may stand in double quotes, and then hold commas (mount(8) writes it so).  The last of several equal
+words wins.
 
 Kernel: fs/overlayfs/params.c: ovl_parameter_spec, ovl_next_opt(), ovl_unescape(), ovl_parse_param_lowerdir().
 Differences: `lowerdir+` is unescaped too; what a kernel would ignore with a warning is refused.
@@ -20,6 +21,8 @@ from ovlfs.errors import UsageError, printable
 
 MAX_LAYERS = 500
 """Kernel: OVL_MAX_STACK."""
+
+_QUOTED = frozenset(("context=", "fscontext=", "defcontext=", "rootcontext="))
 
 IdMap = tuple[tuple[int, int, int], ...]
 """(id in the layers, id to show, count), as /proc/PID/uid_map of fuse-overlayfs's `host:to:len`."""
@@ -150,7 +153,7 @@ def split_words(text: str) -> Iterator[str]:
             escaped = False
         elif char == "\\":
             escaped = True
-        elif char == '"' and (quoted or word[-2:-1] == ["="]):
+        elif char == '"' and (quoted or "".join(word[:-1]) in _QUOTED):
             quoted = not quoted
     if word:
         yield "".join(word)
