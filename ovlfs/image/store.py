@@ -43,7 +43,7 @@ def default_path() -> bytes:
     chosen = os.environb.get(ENVIRONMENT.encode())
     if chosen:
         return chosen
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and os.access(b"/var/lib", os.W_OK):  # not so for the root of somebody's user namespace
         return b"/var/lib/ovlfs"
     data = os.environb.get(b"XDG_DATA_HOME", b"")
     if not data.startswith(b"/"):  # relative: to be ignored (XDG base directory specification)

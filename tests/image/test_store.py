@@ -194,10 +194,13 @@ def test_lock_of_a_killed_process_is_free(store: Store) -> None:
 def test_default_path_follows_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OVLFS_STORE")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "access", lambda _path, _mode: True)
     assert default_path() == b"/var/lib/ovlfs"
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("HOME", "/home/u")
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)  # root of a user namespace
+    assert default_path() == b"/home/u/.local/share/ovlfs"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert default_path() == b"/home/u/.local/share/ovlfs"
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
     assert default_path() == b"/home/u/.local/share/ovlfs"
