@@ -167,13 +167,14 @@ static int has_own_xattr(const struct ovl_dirlayer *layer, const char *path, con
 	return got < 0 ? (int)got : 1;
 }
 
-/* 1: the value is the one letter; 0: not; -errno. */
-static int is_letter(ssize_t got, char value, char letter)
+/* 1: the overlay's xattr "opaque" is the one letter; 0: not; -errno. */
+static int opaque_is(const struct ovl_dirlayer *layer, const char *path, int fd, char letter)
 {
-	if (got == -ENODATA)
-		return 0;
+	char value = 0;
+	ssize_t got = own_xattr(layer, path, fd, "opaque", &value, 1);
+
 	if (got < 0)
-		return (int)got;
+		return got == -ENODATA ? 0 : (int)got;
 	return got == 1 && value == letter;
 }
 
@@ -209,8 +210,9 @@ static bool has_whiteout_prefix(const uint8_t *name, size_t len)
 static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct proc_path *at, const uint8_t *name,
 		     size_t len)
 {
+	int yes = opaque_is(layer, at->text, -1, 'y');
 	char value = 0;
-	int yes = is_letter(own_xattr(layer, at->text, -1, "opaque", &value, 1), value, 'y');
+	ssize_t got;
 	int fd;
 
 	if (yes != 0)
@@ -225,7 +227,10 @@ static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct p
 	close(fd);
 	if (yes != 0)
 		return yes;
-	return is_letter(get_xattr(at->text, -1, "user.fuseoverlayfs.opaque", &value, 1), value, 'y');
+	got = get_xattr(at->text, -1, "user.fuseoverlayfs.opaque", &value, 1);
+	if (got < 0)
+		return got == -ENODATA ? 0 : (int)got;
+	return got == 1 && value == 'y';
 }
 
 ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const uint8_t *name, size_t len,
@@ -483,7 +488,6 @@ ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *pat
 {
 	enum { BUFFER_BYTES = 1 << 15 };
 	struct listing list = {.layer = layer, .fd = -1, .xattr_whiteouts = true};
-	char value = 0;
 	uint8_t *buffer;
 	ovl_err_t err;
 
@@ -497,7 +501,7 @@ ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *pat
 		goto out;
 	}
 	if (len > 0) {
-		int yes = is_letter(own_xattr(layer, NULL, list.fd, "opaque", &value, 1), value, 'x');
+		int yes = opaque_is(layer, NULL, list.fd, 'x');
 
 		if (yes < 0) {
 			err = yes;

@@ -276,7 +276,7 @@ static struct entry *dir_put(struct dir *dir, const uint8_t *name, size_t len, s
 
 	*entry = (struct entry){
 		.name = blob ? blob->bytes : name,
-		.cookie = ++dir->next_cookie,
+		.cookie = ++dir->next_cookie & COOKIE_MAX,
 		.len = len & 0xff,
 		.owned = blob != NULL,
 		.tag = tag_of(hash) & 0x7fff,
@@ -469,7 +469,7 @@ static ovl_err_t node_path(const struct ovl_tree *tree, const struct node *node,
 	for (const struct node *at = node; at != tree->root; at = at->parent) {
 		if (!at->parent)
 			return -ENOENT;
-		need += entry_of(at->parent, at->cookie)->len + (need > 0);
+		need += entry_of(at->parent, at->cookie)->len + (size_t)(need > 0);
 	}
 	text = malloc(need + 1);
 	if (!text)
