@@ -84,14 +84,13 @@ def link(stack: Stack, inode: Inode, parent: Inode, name: bytes) -> None:
     Precondition: not copy_up.need_data(inode).
 
     Raises:
-        OSError: EEXIST, ENOENT (the inode has no name any more), EPERM for a directory, EROFS, EMLINK.
+        OSError: EEXIST, ENOENT (the inode has no name any more, and is no O_TMPFILE), EPERM for a directory, EROFS,
+            EMLINK.
     """
     upper = stack.need_upper()
     if inode.is_dir:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
     last = namei.need_absent(stack, parent, name)
-    if not inode.is_linked:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     copy_up.metadata(stack, inode)
     path = copy_up.parent(stack, parent)
     with stack.object(inode) as at:
