@@ -220,8 +220,12 @@ def small_image(scratch: Path) -> SmallImage:
         name: str = "image.tar",
         tag: str = "small:latest",
         compress: bool = False,
+        permissions: int | None = None,
     ) -> Path:
-        raw = [_tar(layer) for layer in layers or ({"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"},)]
+        raw = [
+            _tar(layer, permissions)
+            for layer in layers or ({"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"},)
+        ]
         diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in raw]
         config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
         names = [f"layer{number}.tar" for number in range(len(raw))]
@@ -238,7 +242,7 @@ def small_image(scratch: Path) -> SmallImage:
     return build
 
 
-def _tar(members: dict[str, bytes | str | None]) -> bytes:
+def _tar(members: dict[str, bytes | str | None], permissions: int | None = None) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in members.items():
@@ -250,5 +254,6 @@ def _tar(members: dict[str, bytes | str | None]) -> bytes:
                 info.type, info.linkname = tarfile.SYMTYPE, content
             else:
                 info.size = len(content)
+            info.mode = info.mode if permissions is None else permissions
             tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
     return stream.getvalue()

@@ -32,6 +32,7 @@ def parser() -> Parser:
     found.add_argument("-o", dest="options", metavar="OPTS", action="append", default=[], help="mount options")
     found.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to stderr")
     found.add_argument("--debug", action="store_true", help="log every request and its answer")
+    found.add_argument("--no-lane", action="store_true", help="answer every request in Python (for debugging)")
     found.add_argument("--allow-other", action="store_true", help="let other users in")
     return found
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             ("ephemeral", args.ephemeral),
             ("debug", args.debug),
             ("allow_other", args.allow_other),
+            ("no_lane", args.no_lane),
         )
         if wanted
     ]

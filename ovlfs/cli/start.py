@@ -41,6 +41,7 @@ class Request:
         upper, work: from --upper and --work: made if they are not there.
         keep: without an upperdir, the changes to an image are kept in the store.
         options: the option string, for the registry.
+        directory: where the command was given.
     """
 
     mountpoint: bytes
@@ -53,6 +54,7 @@ class Request:
     keep: bool = True
     foreground: bool = False
     options: str = ""
+    directory: str = field(default_factory=os.getcwd)
 
 
 def mount(request: Request) -> str:
@@ -90,7 +92,7 @@ def _checked(request: Request) -> Request:
     if request.upper is not None and params.read_only:
         raise UsageError("'ro' and --upper contradict each other; option 'upperdir' with 'ro' shows an upperdir")
     verify(params)
-    here = os.getcwdb()
+    here = os.fsencode(request.directory)
     params = replace(
         params,
         lowerdirs=tuple(os.path.join(here, path) for path in params.lowerdirs),
@@ -140,7 +142,7 @@ class _Work:
                 job.ready(_summary(request, opened))
 
             try:
-                serve(served, request.mountpoint, self._mount_options(), ready)
+                serve(served, request.mountpoint, self._mount_options(), ready, lane=request.flags.lane)
             except Exception as error:
                 if record.device:  # it was mounted, and what was changed may not be on disk: `ovlfs umount` tells
                     self.registry.save(replace(record, failed=daemon.describe(error)[0]))
@@ -220,10 +222,6 @@ class _Work:
         words = ["suid" if flags.suid else "nosuid", "dev" if flags.dev else "nodev"]
         words += [] if flags.exec else ["noexec"]
         words += [word for word, wanted in (("sync", flags.sync), ("dirsync", flags.dirsync)) if wanted]
-        if flags.max_read is not None:
-            words.append(f"max_read={flags.max_read}")
-        if flags.allow_root:
-            words.append("allow_root")
         if os.path.isdir("/sys/fs/selinux"):
             words += [word.replace('"', "").replace(",", "\\,") for word in flags.security]
         return MountOptions(
@@ -241,7 +239,7 @@ class _Work:
             pid=os.getpid(),
             started=started,
             mountpoint=os.fsdecode(request.mountpoint),
-            source=request.source or request.image or "overlay",
+            source=_absolute(request) or request.source or "overlay",
             options=request.options,
             upper=None if place is None else os.fsdecode(place.upperdir),
             work=None if place is None else os.fsdecode(place.workdir),
@@ -287,6 +285,13 @@ def _check_directory(what: str, path: bytes) -> None:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         raise MountError(f"{what} {printable(path)}: {os.strerror(error.errno or 0)}") from error
+
+
+def _absolute(request: Request) -> str | None:
+    """The image as it can be named from anywhere."""
+    if request.image is None:
+        return None
+    return request.image if request.image.startswith("/") else os.path.join(request.directory, request.image)
 
 
 def _choice(image: "Image") -> str:

@@ -74,10 +74,9 @@ class MountFlags:
         suid, dev: set-uid bits and device nodes have effect; not unless asked for, since an image is a stranger's.
         exec: programs can be executed.
         sync, dirsync: as mount(8) says.
-        max_read: bytes; the kernel's default if None.
+        lane: requests pass through the lane in C (fuse/lane.py).
         fsname: what mount(8) shows as the source.
         allow_other: other users may enter; None: if root mounts.
-        allow_root: root may enter besides the user who mounts.
         security: SELinux words (`context=...`), for the kernel.
         platform: which of an image's platforms, "" for this machine's.
     """
@@ -89,8 +88,7 @@ class MountFlags:
     sync: bool = False
     dirsync: bool = False
     allow_other: bool | None = None
-    allow_root: bool = False
-    max_read: int | None = None
+    lane: bool = True
     fsname: str | None = None
     security: tuple[str, ...] = ()
     platform: str = ""
@@ -300,10 +298,6 @@ def _gidmapping(parsed: _Parsed, word: str, value: str) -> None:
     parsed.param(gidmapping=_mapping(word, value))
 
 
-def _max_read(parsed: _Parsed, word: str, value: str) -> None:
-    parsed.flag(max_read=_number(word, value))
-
-
 def _text(name: str) -> _Value:
     def parse(parsed: _Parsed, word: str, value: str) -> None:
         text = unescape(value)
@@ -368,10 +362,11 @@ _FLAGS: dict[str, Callable[[_Parsed], None]] = {
     "group": _user,
     # FUSE
     "allow_other": _flag(allow_other=True),
-    "allow_root": _flag(allow_root=True),
     # ours
     "ephemeral": _flag(ephemeral=True),
     "debug": _flag(debug=True),
+    "lane": _flag(lane=True),
+    "no_lane": _flag(lane=False),
 }
 
 _VALUES: dict[str, _Value] = {
@@ -423,7 +418,6 @@ _VALUES: dict[str, _Value] = {
     "noacl": _choice(_0=_NOTHING, _1={"acl": False}),
     "volatile": _choice(_0=_NOTHING, _1={"volatile": True, "volatile_mark": True}),
     # FUSE
-    "max_read": _max_read,
     "fsname": _text("fsname"),
     "subtype": _choice(ovlfs=_NOTHING),  # `ovlfs mounts` knows its mounts by it
     # SELinux
@@ -449,8 +443,8 @@ _NOTHING_TO_DO = frozenset(
         "default_permissions",
         # Credentials are the daemon's, the mounter's own, in any case (kernel overlayfs 6.16).
         *("override_creds", "nooverride_creds"),
-        # How fuse-overlayfs works inside; the tree is the same.
-        *("threaded", "fast_ino", "fast_ino_check", "writeback", "static_nlink", "clone_fd"),
+        # How FUSE and fuse-overlayfs work inside; the tree is the same.
+        *("max_read", "threaded", "fast_ino", "fast_ino_check", "writeback", "static_nlink", "clone_fd"),
         *("big_writes", "nonempty", "intr", "large_read"),  # FUSE 2's words, without effect since FUSE 3
     )
 )
@@ -460,7 +454,8 @@ _REFUSED = {
     "remount": "unmount it and mount it again",
     "bind": "it is not for file systems of this type",
     "move": "it is not for file systems of this type",
-    "nosymfollow": "libfuse does not pass it on",
+    "nosymfollow": "FUSE mounts cannot be made so",
+    "allow_root": "use allow_other; the mode of the root directory can keep others out",
     "plugins": "layers come from directories and images only",
     "ino32_t": "inode numbers have 64 bits",
     "auto_unmount": "a dead mount is removed by the next mount, or by `ovlfs umount`",

@@ -270,7 +270,7 @@ def test_after_kill_9_the_next_mount_cleans_up_and_goes_on(
     work = Path(listed(ovlfs, mountpoint)["work"])
     kill(ovlfs, mountpoint)
     (work / "work" / "#1").write_text("a temp of the killed daemon")
-    with pytest.raises(OSError, match="not connected|connection abort"):
+    with pytest.raises(OSError, match=r"not connected|connection abort"):
         os.listdir(mountpoint)
     found = listed(ovlfs, mountpoint)
     assert not found["alive"]

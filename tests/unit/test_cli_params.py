@@ -114,7 +114,7 @@ def test_quotes_keep_commas() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["foo", "foo=bar", "lowerdirs=a", "RO", "metacopy_=on", "lane", " ro", "squash", "x", "xyz-x"]
+    "word", ["foo", "foo=bar", "lowerdirs=a", "RO", "metacopy_=on", "lanes", " ro", "squash", "x", "xyz-x"]
 )
 def test_unknown_words_are_refused_by_name(word: str) -> None:
     assert f"'{word}'" in refusal(f"ro,{word},nodev")
@@ -127,7 +127,8 @@ def test_an_unknown_word_is_shown_printable() -> None:
 
 @pytest.mark.parametrize(
     "word", ["nfs_export=on", "verity=on", "verity=require", "redirect_dir=nofollow", "uuid=on", "plugins=x", "remount",
-             "ino32_t", "xattr_permissions=1", "noxattrs=1", "auto_unmount", "nosymfollow", "bind", "subtype=x"]
+             "ino32_t", "xattr_permissions=1", "noxattrs=1", "auto_unmount", "nosymfollow", "allow_root", "bind",
+             "subtype=x"]
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_name(word: str) -> None:
     assert f"'{word}'" in refusal(f"lowerdir=a,{word}")
@@ -193,8 +194,8 @@ def test_words_set_params(text: str, field: str, value: object) -> None:
         ("sync,async", "sync", False),
         ("dirsync", "dirsync", True),
         ("allow_other", "allow_other", True),
-        ("allow_root", "allow_root", True),
-        ("max_read=4096", "max_read", 4096),
+        ("no_lane", "lane", False),
+        ("no_lane,lane", "lane", True),
         (r"fsname=a\,b", "fsname", "a,b"),
         ("platform=linux/arm64", "platform", "linux/arm64"),
         ("ephemeral", "ephemeral", True),
@@ -209,7 +210,7 @@ def test_words_set_flags(text: str, field: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["uidmapping=1:2", "uidmapping=a:b:c", "gidmapping=", "squash_to_uid=-1", "squash_to_uid=4294967296", "max_read=x",
+    ["uidmapping=1:2", "uidmapping=a:b:c", "gidmapping=", "squash_to_uid=-1", "squash_to_uid=4294967296",
      "timeout=x", "timeout=-1", "fsname="],
 )  # fmt: skip
 def test_bad_values_are_refused(text: str) -> None:
@@ -221,7 +222,7 @@ def test_words_of_mount_and_fstab_are_understood() -> None:
         "rw,nosuid,nodev,noexec,noatime,nodiratime,relatime,atime,strictatime,lazytime,defaults,auto,noauto,nofail,"
         "_netdev,nouser,comment=my disk,x-systemd.automount,x-systemd.requires=a.service,X-mount.mkdir,silent,"
         "default_permissions,threaded=1,fast_ino=1,timeout=0.5,writeback=0,static_nlink,clone_fd,xino=auto,uuid=null,"
-        "index=on,nfs_export=off,verity=off,subtype=ovlfs,noxattrs=0,override_creds,symfollow"
+        "index=on,nfs_export=off,verity=off,subtype=ovlfs,max_read=4096,noxattrs=0,override_creds,symfollow"
     )
     assert parse_mount_options(text) == (Params(), MountFlags(exec=False))
 
