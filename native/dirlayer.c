@@ -244,14 +244,14 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 	if (err)
 		return err;
 	if (layer->oci && has_whiteout_prefix(name, len))
-		return -ENOENT;
+		return OVL_ABSENT;
 	*out = (struct ovl_dir_entry){.what = OVL_OTHER};
 	if (fstatat(dirfd, base, &out->st, AT_SYMLINK_NOFOLLOW) != 0) {
 		if (errno != ENOENT)
 			return -errno;
 		yes = whited_out(layer, dirfd, name, len);
 		out->what = OVL_WHITEOUT;
-		return yes == 1 ? 0 : yes == 0 ? -ENOENT : yes;
+		return yes == 1 ? 0 : yes == 0 ? OVL_ABSENT : yes;
 	}
 	switch (out->st.st_mode & S_IFMT) {
 	case S_IFDIR:

@@ -19,7 +19,7 @@
  *
  * Concurrency: `struct ovl_dirlayer` is immutable.  Every function may run in any thread.
  *
- * Errors: 0 or -errno, or OVL_ASK where stated.  Never sets errno for the caller to look at.
+ * Errors: 0 or -errno, or OVL_ASK, OVL_ABSENT where stated.  Never sets errno for the caller to look at.
  */
 #ifndef OVL_DIRLAYER_H
 #define OVL_DIRLAYER_H
@@ -28,8 +28,9 @@
 
 #include "index.h"
 
-/* Not an error: the reference has to answer this one. */
-#define OVL_ASK 1
+/* Not errors.  OVL_ABSENT is apart from -ENOENT, which says that a layer has lost what it had. */
+#define OVL_ASK 1    /* the reference has to answer this one */
+#define OVL_ABSENT 3 /* there is no such name */
 
 #define OVL_NAME_MAX 255u
 
@@ -68,8 +69,8 @@ struct ovl_dir_entry {
  * the caller's, or -errno. */
 int ovl_dirlayer_open(const struct ovl_dirlayer *layer, const uint8_t *path, size_t len, int flags);
 
-/* What the layer says about `name` in the directory `dirfd` (O_PATH will do).  -ENOENT: nothing.  OVL_ASK: the object
- * is redirected, or metadata only. */
+/* What the layer says about `name` in the directory `dirfd` (O_PATH will do).  OVL_ABSENT: nothing.  OVL_ASK: the
+ * object is redirected, or metadata only. */
 ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const uint8_t *name, size_t len,
 			      struct ovl_dir_entry *out);
 
@@ -80,7 +81,7 @@ ovl_err_t ovl_dirlayer_attr(const struct ovl_dirlayer *layer, int dirfd, const u
 /* OVL_ASK: the object carries overlay.origin; 0: it does not. */
 ovl_err_t ovl_dirlayer_origin(const struct ovl_dirlayer *layer, int dirfd, const uint8_t *name, size_t len);
 
-/* Gives every name that a lookup would not answer -ENOENT for, once each, in the order of the directory.  `name` is
+/* Gives every name that a lookup would not answer OVL_ABSENT for, once each, in the order of the directory.  `name` is
  * terminated and valid during the call only.  Another result than 0 of `emit` ends the list and is returned. */
 typedef ovl_err_t (*ovl_dirlayer_emit)(void *arg, enum ovl_what what, const uint8_t *name, size_t len);
 ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *path, size_t len, ovl_dirlayer_emit emit,

@@ -249,7 +249,7 @@ static ovl_err_t ask_layer(struct ovl_merge *merge, size_t i, const uint8_t *nam
 	case OVL_LAYER_TAR:
 		err = ovl_index_lookup(layer->index, (uint32_t)merge->sources[i - 1].ref.number, name, len, &entry);
 		if (err)
-			return err;
+			return err == -ENOENT ? OVL_ABSENT : err;
 		out->what = entry.what;
 		out->ref = entry.ref;
 		out->opaque = entry.flags & OVL_IX_OPAQUE;
@@ -352,7 +352,7 @@ ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t 
 	*out = (struct ovl_found){0};
 	for (size_t i = first_source(merge); i <= merge->count; i++) {
 		err = ask_layer(merge, i, name, len, &said);
-		if (err == -ENOENT)
+		if (err == OVL_ABSENT)
 			continue;
 		if (err)
 			goto out;
@@ -386,7 +386,7 @@ ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t 
 		if (!is_dir || said.opaque)
 			break;
 	}
-	err = -ENOENT;
+	err = OVL_ABSENT;
 	if (found == 0)
 		goto out;
 	if (!has_attr) {

@@ -1073,7 +1073,7 @@ static PyObject *tree_remove(PyObject *object, PyObject *args, PyObject *kwargs)
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&:remove", names, to_u64, &parent, to_name, &name))
 		return NULL;
 	CALL(self, err, ask, ovl_tree_remove(self->core, parent, name.bytes, name.len, &ask));
-	if (err == -ENOENT) {
+	if (err == OVL_ABSENT) {
 		PyErr_SetObject(PyExc_KeyError, PyTuple_Check(args) && PyTuple_GET_SIZE(args) > 1
 							? PyTuple_GET_ITEM(args, 1)
 							: Py_None);

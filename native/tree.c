@@ -813,7 +813,7 @@ static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ov
 	return 0;
 }
 
-/* What the name of an entry is.  May remove the entry: -ENOENT then, as whatever the layers listed is not there. */
+/* What the name of an entry is.  May remove the entry: OVL_ABSENT then, as what a layer listed is not there. */
 static ovl_err_t resolve(struct ovl_tree *tree, struct node *parent, struct ovl_merge *merge, struct entry *entry,
 			 struct ovl_ask *ask)
 {
@@ -822,7 +822,7 @@ static ovl_err_t resolve(struct ovl_tree *tree, struct node *parent, struct ovl_
 	ovl_err_t err;
 
 	err = ovl_merge_lookup(merge, entry->name, entry->len, name_blob(entry), &found);
-	if (err == -ENOENT) {
+	if (err == OVL_ABSENT) {
 		dir_remove(parent->u.dir, entry);
 		return err;
 	}
@@ -843,7 +843,7 @@ static ovl_err_t resolve(struct ovl_tree *tree, struct node *parent, struct ovl_
 	return err;
 }
 
-/* The entry of a name, resolved.  -ENOENT: the directory has no such name. */
+/* The entry of a name, resolved.  OVL_ABSENT: the directory has no such name. */
 static ovl_err_t need_entry(struct ovl_tree *tree, struct node *parent, const uint8_t *name, size_t len,
 			    struct entry **out, struct ovl_ask *ask)
 {
@@ -857,7 +857,7 @@ static ovl_err_t need_entry(struct ovl_tree *tree, struct node *parent, const ui
 		return err;
 	entry = dir_find(parent->u.dir, name, len);
 	if (!entry)
-		return -ENOENT;
+		return OVL_ABSENT;
 	*out = entry;
 	if (entry->node)
 		return 0;
@@ -1011,7 +1011,7 @@ ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 			count_lookup(entry->node);
 	}
 	pthread_rwlock_unlock(&tree->lock);
-	return err == -ENOENT ? 0 : err;
+	return err == OVL_ABSENT ? 0 : err;
 }
 
 /* Resolves up to `most` names, but no more than a turn, above `after`; the lock is held for writing. */
@@ -1039,7 +1039,7 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 			break;
 		after = dir->entries[at].cookie;
 		err = resolve(tree, node, &merge, &dir->entries[at], ask);
-		if (err == -ENOENT)
+		if (err == OVL_ABSENT)
 			err = 0; /* the entry is gone */
 		turn++;
 	}
@@ -1347,7 +1347,7 @@ ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		goto out;
 	entry = dir_find(directory->u.dir, name, len);
 	if (!entry) {
-		err = -ENOENT;
+		err = OVL_ABSENT;
 		goto out;
 	}
 	node = entry->node;
@@ -1384,12 +1384,12 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 	pthread_rwlock_wrlock(&tree->lock);
 	err = find_dir(tree, parent, &from);
 	if (!err)
-		err = find_dir(tree, new_parent, &to);
-	if (!err)
-		err = need_merged(tree, to, ask);
+		err = find_node(tree, new_parent, &to);
 	if (!err)
 		err = need_entry(tree, from, name, len, &entry, ask);
-	if (err == -ENOENT)
+	if (!err)
+		err = is_dir(to) ? need_merged(tree, to, ask) : -ENOTDIR;
+	if (err == OVL_ABSENT)
 		err = -ESTALE;
 	if (err || (from == to && len == new_len && memcmp(name, new_name, len) == 0))
 		goto out;
@@ -1436,11 +1436,11 @@ ovl_err_t ovl_tree_exchange(struct ovl_tree *tree, uint64_t parent, const uint8_
 	pthread_rwlock_wrlock(&tree->lock);
 	err = find_dir(tree, parent, &one);
 	if (!err)
-		err = find_dir(tree, new_parent, &other);
+		err = find_node(tree, new_parent, &other);
 	if (!err)
 		err = need_entry(tree, one, name, len, &a, ask);
 	if (!err)
-		err = need_entry(tree, other, new_name, new_len, &b, ask);
+		err = is_dir(other) ? need_entry(tree, other, new_name, new_len, &b, ask) : -ENOTDIR;
 	if (!err) {
 		/* Resolving the second can have removed nothing but the second; look again all the same. */
 		a = dir_find(one->u.dir, name, len);
@@ -1450,7 +1450,7 @@ ovl_err_t ovl_tree_exchange(struct ovl_tree *tree, uint64_t parent, const uint8_
 		second = b->node;
 		err = contains(first, other) || contains(second, one) ? -EINVAL : 0;
 	}
-	if (err == -ENOENT)
+	if (err == OVL_ABSENT)
 		err = -ESTALE;
 	if (err)
 		goto out;

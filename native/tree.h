@@ -130,7 +130,7 @@ ovl_err_t ovl_tree_add(struct ovl_tree *tree, uint64_t parent, const uint8_t *na
 /* -EEXIST; -EPERM: a directory. */
 ovl_err_t ovl_tree_link(struct ovl_tree *tree, uint64_t nodeid, uint64_t parent, const uint8_t *name, size_t len,
 			struct ovl_ask *ask);
-/* -ENOENT: there is no such name. */
+/* OVL_ABSENT: there is no such name. */
 ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, struct ovl_ask *ask);
 /* -ESTALE: no such name; -EINVAL: a directory into itself. */
 ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, uint64_t new_parent,
