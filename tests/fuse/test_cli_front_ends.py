@@ -292,3 +292,48 @@ def test_the_installed_programs_run() -> None:
         program = shutil.which(name, path=str(BIN))
         assert program is not None
         assert subprocess.run([program, "--version"], capture_output=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.fuse
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("buildah") is None, reason="buildah is missing (Debian: apt-get install buildah)")
+def test_buildah_builds_with_ovlfs_fuse_as_its_mount_program(
+    ovlfs: Run, small_image: SmallImage, scratch: Path
+) -> None:
+    """A change, a new file and a removal in a container end up in the image that is committed from it."""
+    program = scratch / "mount_program"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={os.getcwd()} exec {sys.executable} -m ovlfs.cli.fuse_overlayfs "$@"\n')
+    program.chmod(0o755)
+    places = ["--root", scratch / "storage", "--runroot", scratch / "run", "--storage-driver", "overlay"]
+    storage = [*places, "--storage-opt", f"overlay.mount_program={program}"]
+
+    def buildah(*arguments: object) -> str:
+        command = ["buildah", *storage, *arguments]
+        return subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+
+    image = small_image(
+        {"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"}, {"dir": None, "dir/a": b"a"}
+    )
+    buildah("pull", "-q", f"docker-archive:{image}")
+    container = buildah("from", "--pull-never", "localhost/small:latest")
+    root = Path(buildah("mount", container))
+    entry = mounting.find_mount(os.fsencode(root))
+    assert entry is not None
+    assert entry.fstype == b"fuse.ovlfs"
+    assert "nodev" not in entry.options
+    (root / "etc/motd").write_text("changed\n")
+    (root / "etc/hosts").unlink()
+    (root / "etc/new").write_text("new\n")
+    shutil.rmtree(root / "dir")
+    (root / "dir").mkdir()
+    buildah("umount", container)
+    buildah("commit", "-q", container, "built:1")
+    buildah("push", "-q", "built:1", f"docker-archive:{scratch}/built.tar")
+    buildah("rm", container)
+
+    assert ovlfs("ls", f"{scratch}/built.tar:/etc").stdout == "motd\nnew\n"
+    assert ovlfs("ls", f"{scratch}/built.tar:/dir").stdout == ""
+    assert ovlfs("cat", f"{scratch}/built.tar:/etc/motd").stdout == "changed\n"
