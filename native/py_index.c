@@ -362,6 +362,11 @@ static PyObject *index_tar_end(PyObject *object, void *Py_UNUSED(closure))
 	return PyLong_FromUnsignedLongLong(index_of(object)->tar_end);
 }
 
+static PyObject *index_link_count(PyObject *object, void *Py_UNUSED(closure))
+{
+	return PyLong_FromUnsignedLong(index_of(object)->link_count);
+}
+
 static PyMethodDef index_methods[] = {
 	{"lookup", (PyCFunction)(void (*)(void))index_lookup, METH_FASTCALL,
 	 "lookup(directory, name) -> (what, ref, flags, target) or None"},
@@ -377,6 +382,7 @@ static PyMethodDef index_methods[] = {
 };
 
 static PyGetSetDef index_getset[] = {
+	{"link_count", index_link_count, NULL, "how many names are hard links to the layers below", NULL},
 	{"tar_end", index_tar_end, NULL, "Offset in the tar behind the last entry's data.", NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
