@@ -1441,19 +1441,20 @@ ovl_err_t ovl_tree_exchange(struct ovl_tree *tree, uint64_t parent, const uint8_
 		err = need_entry(tree, one, name, len, &a, ask);
 	if (!err)
 		err = is_dir(other) ? need_entry(tree, other, new_name, new_len, &b, ask) : -ENOTDIR;
-	if (!err) {
-		/* Resolving the second can have removed nothing but the second; look again all the same. */
-		a = dir_find(one->u.dir, name, len);
-		if (a == b)
-			goto out;
-		first = a->node;
-		second = b->node;
-		err = contains(first, other) || contains(second, one) ? -EINVAL : 0;
-	}
 	if (err == OVL_ABSENT)
 		err = -ESTALE;
 	if (err)
 		goto out;
+	/* Resolving the second can have removed nothing but the second; look again all the same. */
+	a = dir_find(one->u.dir, name, len);
+	first = a->node;
+	second = b->node;
+	if (a == b)
+		goto out;
+	err = -EINVAL;
+	if (contains(first, other) || contains(second, one))
+		goto out;
+	err = 0;
 	detach(one, a);
 	detach(other, b);
 	attach(first, other, b);
