@@ -98,6 +98,7 @@ def _serve_by_lane(
     stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], cleanup: contextlib.ExitStack
 ) -> None:
     """What is given back at the end, in order: pyfuse3's session, the lane (which aborts what is left), the mount."""
+    mountpoint = mounting.resolve_mountpoint(mountpoint)  # while nobody needs us for that
     operations = UnboundOperations(stack)
     cleanup.callback(operations.close)
     device = open_and_mount(
