@@ -60,6 +60,7 @@ class TarLayer:
             raise damaged(error) from error
         self._fd = fd
         self._base_offset = base_offset
+        self._links_below: list[tuple[bytes, bytes]] | None = None
         self._ino_first = ((INO_BASE + layer_number) << INO_SHIFT) + 1
 
     @property
@@ -148,6 +149,25 @@ class TarLayer:
             return self.index.links(ordinal(ref))
         except ValueError as error:
             raise damaged(error) from error
+
+    def links_below(self) -> list[tuple[bytes, bytes]]:
+        """(path, target) of every hard link that leads to the layers below.  Walks over the index the first time."""
+        if self._links_below is None:
+            found: list[tuple[bytes, bytes]] = []
+            todo: list[tuple[bytes, Ref]] = [(b"", self.root)]
+            while todo:
+                path, directory = todo.pop()
+                for name, what in self.list(directory):
+                    if what not in (What.DIRECTORY, What.LINK_BELOW):
+                        continue
+                    entry = self.lookup(directory, name)
+                    assert entry is not None
+                    if what is What.DIRECTORY:
+                        todo.append((path + name + b"/", entry.ref))
+                    else:
+                        found.append((path + name, entry.target))
+            self._links_below = found
+        return self._links_below
 
     def extents(self, ref: Ref) -> tuple[int, list[Extent]]:
         """Where a regular file's bytes are: a new descriptor that the caller closes, and the extents in order.

@@ -32,6 +32,7 @@ from ovlfs.layer import origin, sys
 from ovlfs.layer.base import Attr, Extent, Layer, Ref
 from ovlfs.layer.directory import DirLayer, getxattr
 from ovlfs.layer.merge import Source
+from ovlfs.layer.tar import TarLayer
 from ovlfs.layer.tree import Inode
 from ovlfs.overlay import namei
 from ovlfs.overlay.owner import NewObject
@@ -407,11 +408,10 @@ class _Copy:
         return names
 
     def _find_all_names(self) -> None:
-        """Look up every path that the lower inode has in its layer, so that the tree knows all its names."""
+        """Look up every path that the lower inode has in the layers, so that the tree knows all its names."""
         if self.inode.is_dir:
             return
-        layer, ref = metadata_source(self.stack, self.inode)
-        paths = layer.links(ref)
+        paths = self._lower_paths()
         if len(paths) == 1:
             return
         for path in paths:
@@ -423,6 +423,18 @@ class _Copy:
                 for now, before in moved:
                     if path.startswith(before + b"/"):
                         namei.walk(self.stack, now + path[len(before) :])
+
+    def _lower_paths(self) -> list[bytes]:
+        """All paths of the lower inode: those in its own layer, and hard links to them in tar layers above it."""
+        layer, ref = metadata_source(self.stack, self.inode)
+        paths = list(layer.links(ref))
+        known = set(paths)
+        for above in reversed(self.stack.layers[1 : self.stack.layers.index(layer)]):
+            if isinstance(above, TarLayer):
+                more = [path for path, target in above.links_below() if target in known and path not in known]
+                paths += more
+                known.update(more)
+        return paths
 
     def _place(self, temp: Name, names: list[tuple[Inode, Name]]) -> None:
         """Move the object to its first name and link it to the others; the parents keep their times."""
