@@ -1,0 +1,190 @@
+"""One overlay of directories or of an image, mounted by the real command as often as wanted, and by the kernel."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers_tree import SHOWN, Tree, look
+
+from ovlfs.fuse import mounting
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@dataclass
+class Overlay:
+    """Directories `lower` (the topmost first), `upper` and `work` below a scratch directory, and a mount of them.
+
+    `image`, if it is set, is what is mounted instead of `lower`.
+    """
+
+    ovlfs: Run
+    base: Path
+    layers: int = 1
+    options: str = ""
+    image: Path | None = None
+    _lowers: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lowers = [self.base / f"lower{number}" for number in range(self.layers)]
+        for directory in (*self._lowers, self.upper, self.work, self.mnt):
+            directory.mkdir(exist_ok=True)
+
+    @property
+    def lowers(self) -> list[Path]:
+        return self._lowers
+
+    @property
+    def lower(self) -> Path:
+        """The topmost lower directory."""
+        return self._lowers[0]
+
+    @property
+    def upper(self) -> Path:
+        return self.base / "upper"
+
+    @property
+    def work(self) -> Path:
+        return self.base / "work"
+
+    @property
+    def mnt(self) -> Path:
+        return self.base / "mnt"
+
+    def words(self) -> list[str]:
+        """The command line of a mount, without the mountpoint."""
+        if self.image is not None:
+            return ["--upper", str(self.upper), "--work", str(self.work), str(self.image)]
+        lowerdir = ":".join(map(str, self._lowers))
+        return ["-o", f"lowerdir={lowerdir},upperdir={self.upper},workdir={self.work}{self.options}"]
+
+    def mount(self) -> Path:
+        self.ovlfs("mount", *self.words(), self.mnt)
+        return self.mnt
+
+    def umount(self) -> None:
+        self.ovlfs("umount", self.mnt)
+
+    def remount(self) -> Path:
+        self.umount()
+        return self.mount()
+
+    @property
+    def mounted(self) -> bool:
+        return mounting.find_mount(os.fsencode(self.mnt)) is not None
+
+    def record(self) -> dict[str, Any]:
+        """What `ovlfs mounts --json` says of the mount."""
+        found = json.loads(self.ovlfs("mounts", "--json").stdout)
+        return next(one for one in found if one["mountpoint"] == str(self.mnt))
+
+    @property
+    def pid(self) -> int:
+        """The daemon's."""
+        return int(self.record()["pid"])
+
+    def take_away(self) -> None:
+        """Unmount, whatever state it is in."""
+        if self.mounted and self.ovlfs("umount", self.mnt, code=None).returncode != 0:
+            mounting.unmount(os.fsencode(self.mnt), lazy=True)
+
+    # ---- what is in the upperdir
+
+    def own(self, path: str, name: str) -> bytes | None:
+        """An xattr of the overlay's own on an upper object."""
+        try:
+            return os.getxattr(self.upper / path, f"trusted.overlay.{name}", follow_symlinks=False)
+        except OSError:
+            return None
+
+    def is_whiteout(self, path: str) -> bool:
+        st = os.lstat(self.upper / path)
+        return (st.st_mode & 0o170000, st.st_rdev) == (0o020000, 0)
+
+    def upper_bytes(self) -> int:
+        """What is allocated in the upperdir for regular files."""
+        return sum(
+            os.lstat(path).st_blocks * 512 for path in self.upper.rglob("*") if path.is_file() and not path.is_symlink()
+        )
+
+    def temps(self) -> list[str]:
+        """What is in the workdir, but for the whiteout that is shared."""
+        return [name for name in os.listdir(self.work / "work") if name != "#whiteout"]
+
+    @contextmanager
+    def by_kernel(self, options: str = "redirect_dir=on,metacopy=on", *, read_only: bool = False) -> Iterator[Path]:
+        """The same directories mounted by kernel overlayfs, in another place; ours must not be mounted meanwhile."""
+        assert not self.mounted
+        mountpoint = self.base / "kernel"
+        mountpoint.mkdir(exist_ok=True)
+        lowerdir = ":".join(map(str, self._lowers))
+        if read_only:
+            words = f"ro,lowerdir={self.upper}:{lowerdir},{options}"
+        else:
+            words = f"lowerdir={lowerdir},upperdir={self.upper},workdir={self.work},{options}"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", words, mountpoint], check=True, timeout=30)
+        try:
+            yield mountpoint
+        finally:
+            subprocess.run(["umount", mountpoint], check=True, timeout=30)
+
+
+@contextmanager
+def overlay(ovlfs: Run, base: Path, **settings: Any) -> Iterator[Overlay]:
+    """An Overlay that is unmounted at the end."""
+    found = Overlay(ovlfs, base, **settings)
+    try:
+        yield found
+    finally:
+        found.take_away()
+
+
+def fingerprint(*directories: Path) -> Tree:
+    """All that a change would show in, of directories: also times, inode numbers and link counts."""
+    tree: Tree = {}
+    for directory in directories:
+        for path, line in look(bytes(directory)).items():
+            tree[f"{directory.name}/{path}"] = {key: line[key] for key in (*SHOWN, "ino", "nlink")}
+    return tree
+
+
+Member = tuple[str, bytes | str | None]
+
+
+def docker_archive(path: Path, *layers: Sequence[Member]) -> Path:
+    """Write an image of layers, the bottom one first.
+
+    A member is (name, content): None is a directory, a str the path that a hard link leads to.
+    """
+    raw = [_tar(layer) for layer in layers]
+    diff_ids = ["sha256:" + hashlib.sha256(one).hexdigest() for one in raw]
+    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    names = [f"layer{number}.tar" for number in range(len(raw))]
+    manifest = [{"Config": "config.json", "RepoTags": ["test:latest"], "Layers": names}]
+    stored = [("manifest.json", json.dumps(manifest).encode()), ("config.json", json.dumps(config).encode())]
+    path.write_bytes(_tar([*stored, *zip(names, raw, strict=True)]))
+    return path
+
+
+def _tar(members: Sequence[Member]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.mtime, info.mode = 1_700_000_000, 0o644
+            if content is None:
+                info.type, info.mode = tarfile.DIRTYPE, 0o755
+            elif isinstance(content, str):
+                info.type, info.linkname = tarfile.LNKTYPE, content
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return stream.getvalue()
