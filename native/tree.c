@@ -1014,7 +1014,7 @@ ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 	return err == OVL_ABSENT ? 0 : err;
 }
 
-/* Resolves up to `most` names, but no more than a turn, above `after`; the lock is held for writing. */
+/* Resolves what has to be among the next `most` names, but no more than a turn, above `after`; the lock is held for writing. */
 static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t after, size_t most,
 			      struct ovl_ask *ask)
 {
@@ -1033,15 +1033,19 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 	while (!err && turn < most) {
 		uint32_t at = dir_seek(dir, after + 1);
 
-		while (at < dir->used && (!dir->entries[at].name || dir->entries[at].node))
+		while (at < dir->used && !dir->entries[at].name)
 			at++;
 		if (at == dir->used)
 			break;
 		after = dir->entries[at].cookie;
-		err = resolve(tree, node, &merge, &dir->entries[at], ask);
-		if (err == OVL_ABSENT)
-			err = 0; /* the entry is gone */
 		turn++;
+		if (dir->entries[at].node)
+			continue;
+		err = resolve(tree, node, &merge, &dir->entries[at], ask);
+		if (err == OVL_ABSENT) {
+			err = 0; /* the entry is gone, and counts for nothing */
+			turn--;
+		}
 	}
 	if (err && turn > 1)
 		err = 0; /* give what there is first; the next turn begins here */
