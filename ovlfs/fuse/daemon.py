@@ -25,7 +25,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
@@ -85,14 +85,15 @@ def launch(work: Callable[[Job], None], *, log_path: bytes, debug: bool = False)
     receiver, sender = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(receiver)
-        _child(work, sender, log_fd, log_path, debug=debug)
-    os.close(sender)
-    os.close(log_fd)
-    with open(receiver, "rb") as pipe:
-        said = _read_all(pipe.fileno())
+    with _patient() as interrupts:
+        pid = os.fork()
+        if pid == 0:
+            os.close(receiver)
+            _child(work, sender, log_fd, log_path, debug=debug, interrupts=interrupts)
+        os.close(sender)
+        os.close(log_fd)
+        with open(receiver, "rb") as pipe:
+            said = pipe.read()
     if not said:
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -107,24 +108,29 @@ def launch(work: Callable[[Job], None], *, log_path: bytes, debug: bool = False)
     raise error
 
 
-def _read_all(fd: int) -> bytes:
-    """All that the child says, to the end of the pipe.  Ctrl-C reaches the child, too: its answer is waited for."""
-    said = b""
-    interrupted = False
-    while True:
-        try:
-            chunk = os.read(fd, 65536)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            continue
-        if not chunk:
-            return said
-        said += chunk
+@contextlib.contextmanager
+def _patient() -> Iterator[list[int]]:
+    """Ctrl-C reaches the child, too: its answer is waited for.  The second one is not.
+
+    The list has the signals that came, for a child that was just forked and had no handler of its own yet.
+    """
+    came: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _child(work: Callable[[Job], None], sender: int, log_fd: int, log_path: bytes, *, debug: bool) -> NoReturn:
+def _child(
+    work: Callable[[Job], None], sender: int, log_fd: int, log_path: bytes, *, debug: bool, interrupts: list[int]
+) -> NoReturn:
     """The daemon's whole life.  Never returns into the caller's stack: its buffers and exit handlers are not ours."""
     code = 1
     try:
@@ -137,14 +143,23 @@ def _child(work: Callable[[Job], None], sender: int, log_fd: int, log_path: byte
         os.close(log_fd)
         start_bytes = os.fstat(2).st_size
         set_up_logging(debug=debug)
-        code = _work(work, sender, log_path, terminal, start_bytes)
+        code = _work(work, sender, log_path, terminal, start_bytes, interrupts)
+    except BaseException:
+        log.exception("the daemon failed")
     finally:
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _work(work: Callable[[Job], None], sender: int, log_path: bytes, terminal: TextIO | None, start_bytes: int) -> int:
+def _work(
+    work: Callable[[Job], None],
+    sender: int,
+    log_path: bytes,
+    terminal: TextIO | None,
+    start_bytes: int,
+    interrupts: list[int],
+) -> int:
     state = _Signals()
     told = False
 
@@ -164,6 +179,8 @@ def _work(work: Callable[[Job], None], sender: int, log_path: bytes, terminal: T
 
     try:
         state.install()
+        if interrupts:
+            raise KeyboardInterrupt  # noqa: TRY301
         work(Job(ready, terminal, log_path))
     except BaseException as error:
         text, code = describe(error)
