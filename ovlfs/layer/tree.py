@@ -24,7 +24,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ovlfs.ids import ROOT_NODEID, Ino, Name, NodeId
 from ovlfs.layer import merge
@@ -365,7 +365,7 @@ def _inode_of(layers: Layers, found: Found, path: bytes) -> Inode:
     if found.is_dir != stat.S_ISDIR(attr.mode):
         raise OSError(errno.EUCLEAN, "override_stat says of a directory that it is none, or the other way round")
     if found.is_dir and len(found.sources) > 1:
-        attr = _with_nlink(attr, 1)  # as the kernel: a merged directory does not count its subdirectories
+        attr = replace(attr, nlink=1)  # as the kernel: a merged directory does not count its subdirectories
     upper = found.sources[0].layer == 0
     lower = found.sources[1:] if upper else found.sources
     upper_ino = 0
@@ -377,6 +377,10 @@ def _inode_of(layers: Layers, found: Found, path: bytes) -> Inode:
         ino = owner.ino(lower[0].ref)
         if not found.is_dir and len(lower) > 1:
             lower = (lower[0], lower[-1])  # metadata in one lower layer, data in another
+    if not found.is_dir and len(found.sources) > 1:
+        data = layers[lower[-1].layer]
+        assert data is not None
+        attr = replace(attr, blocks=data.attr(lower[-1].ref).blocks)  # as the kernel: ovl_getattr(), metacopy_blocks
     return Inode(ABSENT, ino, attr, upper, lower, found.metacopy, upper and found.redirect is not None, upper_ino)
 
 
@@ -397,9 +401,3 @@ def _identify_upper(layers: Layers, path: bytes, lower: Sequence[Source]) -> tup
     origin = decode(layers, value) if value is not None else None
     return st.st_ino, origin if origin is not None else upper.ino_of(st)
 
-
-def _with_nlink(attr: Attr, nlink: int) -> Attr:
-    return Attr(
-        attr.mode, nlink, attr.uid, attr.gid, attr.rdev, attr.size, attr.blocks,
-        attr.atime_ns, attr.mtime_ns, attr.ctime_ns,
-    )  # fmt: skip
