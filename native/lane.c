@@ -342,6 +342,7 @@ static const handler_t handlers[OVL_LANE_OPCODES] = {
 	[FUSE_READDIR] = answer_listing,
 	[FUSE_READDIRPLUS] = answer_listing,
 	[FUSE_BATCH_FORGET] = answer_batch_forget,
+	[FUSE_SETXATTR] = answer_extra, /* pyfuse3 does not pass the flags on */
 	[FUSE_INTERRUPT] = answer_unknown,
 	[FUSE_IOCTL] = answer_extra,
 	[FUSE_FALLOCATE] = answer_extra,
@@ -538,6 +539,20 @@ static void notify(struct ovl_lane *lane, const unsigned char *message, size_t s
 	pthread_mutex_unlock(&lane->lock);
 }
 
+/* An invalidation of attributes only: it takes no lock that a client could hold, so it need not leave the order in which
+ * the replies come; a reply that was sent after it must not overtake it. */
+static bool is_attr_only(const unsigned char *message, size_t size)
+{
+	struct fuse_out_header header;
+	struct fuse_notify_inval_inode_out out;
+
+	if (size != sizeof(header) + sizeof(out))
+		return false;
+	memcpy(&header, message, sizeof(header));
+	memcpy(&out, message + sizeof(header), sizeof(out));
+	return header.error == FUSE_NOTIFY_INVAL_INODE && out.off < 0;
+}
+
 static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t size)
 {
 	struct fuse_out_header header;
@@ -555,7 +570,12 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 		return;
 	}
 	if (header.unique == 0) {
-		notify(lane, message, size);
+		if (is_attr_only(message, size)) {
+			put(lane, &part, 1); /* ENOENT: the kernel does not have it */
+			count(&lane->notifications);
+		} else {
+			notify(lane, message, size);
+		}
 		return;
 	}
 	if (header.unique == atomic_load(&lane->init_unique)) {

@@ -13,7 +13,7 @@
  *     +-----^------+                                                       |             |
  *           +----------------------- ovl_lane_reply -----------------------+             |
  *           +----------------------- writer thread <--- socket, always drained ----------+
- *           +----------------------- notifier thread <-- list, unbounded: notifications (unique 0)
+ *           +----------------------- notifier thread <-- list, unbounded: notifications that can wait (unique 0)
  *
  * Routes are a table by opcode (lane.c: handlers[]): a handler looks at the request and says FORWARD, EXTRA or
  * ANSWERED; an opcode without one is forwarded.  To answer an opcode natively is to write a handler.

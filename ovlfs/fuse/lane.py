@@ -1,7 +1,8 @@
 """What happens with the requests that pyfuse3 does not bind, and how does the lane come to a mounted /dev/fuse?
 
 The lane (native/lane.h) reads /dev/fuse, gives most requests to pyfuse3 over a socket, and keeps for us what is EXTRA:
-fallocate, lseek, copy_file_range, O_TMPFILE, ioctl, syncfs; and READ and WRITE, whose data would not fit the socket.
+fallocate, lseek, copy_file_range, O_TMPFILE, ioctl, syncfs; SETXATTR, whose flags pyfuse3 keeps to itself; and READ and
+WRITE, whose data would not fit the socket.
 `UnboundOperations` are the handlers, beside those of Operations and with the same boundary; `serve_extra` decodes and
 encodes; `open_and_mount` gives the descriptor.
 
@@ -35,13 +36,15 @@ from ovlfs.errors import MountError, printable
 from ovlfs.fuse.operations import TIMEOUT_S, Operations, _handler
 from ovlfs.layer import sys
 from ovlfs.layer.base import Attr
-from ovlfs.overlay import file
+from ovlfs.overlay import copy_up, xattr
+from ovlfs.overlay import dir as directory_ops
 from ovlfs.overlay.owner import NewObject
 
 log = logging.getLogger("ovlfs.fuse")
 
 READ = 15
 WRITE = 16
+SETXATTR = 21
 IOCTL = 39
 FALLOCATE = 43
 LSEEK = 46
@@ -107,15 +110,23 @@ class UnboundOperations(Operations):
     async def tmpfile(
         self: Operations, parent_nodeid: int, flags: int, mode: int, umask: int, uid: int, gid: int
     ) -> tuple[int, Attr, int]:
-        """FUSE_TMPFILE: (nodeid, which counts as one lookup; attributes; fh).  Errors: as file.create_nameless()."""
+        """FUSE_TMPFILE: (nodeid, which counts as one lookup; attributes; fh).  Errors: as directory_ops.create_nameless()."""
         new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, umask=umask)
-        inode = file.create_nameless(self._stack, self._get(parent_nodeid), new)
+        inode = directory_ops.create_nameless(self._stack, self._get(parent_nodeid), new)
         try:
             opened = self._open(inode, flags & ~(os.O_EXCL | os.O_CREAT | os.O_TMPFILE))
         except BaseException:
             self._stack.forget(inode.nodeid, 1)
             raise
         return inode.nodeid, inode.attr, opened.fh
+
+    @_handler
+    async def setxattr_with_flags(self: Operations, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
+        """FUSE_SETXATTR with XATTR_CREATE or XATTR_REPLACE, atomically.  Errors: as overlay.xattr.set_()."""
+        target = self._get(nodeid)
+        async with self._locks.holding(target.nodeid):
+            await self._bring_data(target, wanted=copy_up.need_data(self._stack, target))
+            xattr.set_(self._stack, target, name, value, flags)
 
     @_handler
     async def ioctl(self: Operations, nodeid: int, command: int) -> None:  # noqa: ARG002
@@ -148,6 +159,7 @@ class Request:
 
 
 _READ = struct.Struct("=QQIIQII")  # fh, offset, size, read_flags, lock_owner, flags, padding; WRITE is the same
+_SETXATTR = struct.Struct("=II")  # size, flags; the name, NUL, the value follow
 _FALLOCATE = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 _LSEEK = struct.Struct("=QQII")  # fh, offset, whence, padding
 _COPY = struct.Struct("=QQQQQQQ")  # fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
@@ -181,6 +193,15 @@ async def _write(operations: UnboundOperations, request: Request) -> bytes:
     if size != len(request.payload):
         raise pyfuse3.FUSEError(errno.EIO)
     return _WROTE.pack(await operations.write(fh, offset, request.payload), 0)
+
+
+async def _setxattr(operations: UnboundOperations, request: Request) -> bytes:
+    size, flags = _SETXATTR.unpack_from(request.body)
+    name, _, value = request.body[_SETXATTR.size :].partition(b"\0")
+    if size != len(value):
+        raise pyfuse3.FUSEError(errno.EIO)
+    await operations.setxattr_with_flags(request.nodeid, name, value, flags)
+    return b""
 
 
 async def _fallocate(operations: UnboundOperations, request: Request) -> bytes:
@@ -229,6 +250,7 @@ async def _syncfs(operations: UnboundOperations, request: Request) -> bytes:
 _HANDLERS: dict[int, Callable[[UnboundOperations, Request], Coroutine[Any, Any, bytes]]] = {
     READ: _read,
     WRITE: _write,
+    SETXATTR: _setxattr,
     IOCTL: _ioctl,
     FALLOCATE: _fallocate,
     LSEEK: _lseek,

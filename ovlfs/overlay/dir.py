@@ -25,6 +25,9 @@ from ovlfs.overlay import acl, copy_up, namei
 from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
 
+_NO_NAME = Name(b"/")
+"""For a moment in the tree, the name of a file without one; no request can have a slash in a name."""
+
 
 def create(stack: Stack, parent: Inode, name: bytes, new: NewObject) -> Inode:
     """Make a file, directory, symlink, fifo, socket or device, as `new` says.
@@ -54,6 +57,38 @@ def create(stack: Stack, parent: Inode, name: bytes, new: NewObject) -> Inode:
         upper.place(temp, path, last)
     nodeid = stack.tree.add(parent.nodeid, last, attr, upper_ino, ino)
     stack.refresh(parent.nodeid)
+    return stack.tree.get(nodeid)
+
+
+def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
+    """O_TMPFILE: a regular file that has no name yet, perhaps never; the kernel is told of it (one reference).
+
+    It has its object in `stack.orphans`, as a file has that has lost its last name.
+
+    Kernel: dir.c: ovl_create_tmpfile().
+
+    Raises:
+        OSError: EROFS; ENOENT (the directory was removed); EOPNOTSUPP where the upper file system has no O_TMPFILE.
+    """
+    upper = stack.need_upper()
+    copy_up.parent(stack, parent)
+    new = _inherit_group(parent, new)
+    with stack.object(parent) as parent_path:
+        new, acls = _inherit_acl(parent_path, new)
+    fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
+    try:
+        path = sys.fd_path(fd)
+        upper.owner.set(path, new.mode, new.uid, new.gid)
+        for name, value in acls.items():
+            os.setxattr(path, name, value)
+        attr, upper_ino, ino = upper.attr(path)
+        held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+    nodeid = stack.tree.add(parent.nodeid, _NO_NAME, attr, upper_ino, ino)
+    stack.tree.ref(nodeid)
+    stack.tree.remove(parent.nodeid, _NO_NAME)
+    stack.orphans[nodeid] = held
     return stack.tree.get(nodeid)
 
 

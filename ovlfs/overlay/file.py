@@ -10,16 +10,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from ovlfs.ids import Name
 from ovlfs.layer import sys
 from ovlfs.layer.base import Extent
-from ovlfs.layer.directory import DirLayer
+from ovlfs.layer.directory import DirLayer, getxattr
 from ovlfs.layer.tree import Inode
 from ovlfs.overlay import copy_up
-from ovlfs.overlay import dir as directory_ops
-from ovlfs.overlay.owner import NewObject
 from ovlfs.overlay.stack import Stack
 
+_CAPABILITY = b"security.capability"
 _KEPT = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
 """Open flags that the real file gets.  Not O_APPEND: the kernel gives every write its offset; not O_DIRECT: it asks for
 aligned memory, which Python's buffers are not."""
@@ -29,8 +27,6 @@ COPY_MAX_BYTES = 64 << 20
 """What one copy_file_range does at most; the caller asks again for the rest."""
 _NOT_IN_KERNEL = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS))
 """copy_file_range answers that mean "not between these two": copy by reading and writing."""
-_NO_NAME = Name(b"/")
-"""For a moment in the tree, the name of a file without one; no request can have a slash in a name."""
 
 
 class Handle:
@@ -101,8 +97,17 @@ class Handle:
         return data
 
     def write(self, offset: int, data: bytes) -> int:
-        """Write at `offset`; the number of bytes written.  Raises as pwrite(2)."""
-        written = os.pwrite(self.fd, data, offset)
+        """Write at `offset`; the number of bytes written.  Raises as pwrite(2).
+
+        Kernel: file capabilities are taken away by whoever calls write(2), before the request comes here; not by what
+        comes from a mapping.  So they must survive our own write.
+        """
+        capabilities = getxattr(sys.fd_path(self.fd), _CAPABILITY, follow=True)
+        try:
+            written = os.pwrite(self.fd, data, offset)
+        finally:
+            if capabilities is not None:
+                os.setxattr(self.fd, _CAPABILITY, capabilities)
         self._stack.refresh(self._inode.nodeid)
         return written
 
@@ -220,35 +225,3 @@ def _copy_pieces(source_fd: int, pieces: Sequence[tuple[int | None, int]], targe
             done += copied
             at += copied
     return at - began
-
-
-def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
-    """O_TMPFILE: a regular file that has no name yet, perhaps never; the kernel is told of it (one reference).
-
-    It has its object in `stack.orphans`, as a file has that has lost its last name.
-
-    Kernel: dir.c: ovl_create_tmpfile().
-
-    Raises:
-        OSError: EROFS; ENOENT (the directory was removed); EOPNOTSUPP where the upper file system has no O_TMPFILE.
-    """
-    upper = stack.need_upper()
-    copy_up.parent(stack, parent)
-    new = directory_ops._inherit_group(parent, new)  # noqa: SLF001
-    with stack.object(parent) as parent_path:
-        new, acls = directory_ops._inherit_acl(parent_path, new)  # noqa: SLF001
-    fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
-    try:
-        path = sys.fd_path(fd)
-        upper.owner.set(path, new.mode, new.uid, new.gid)
-        for name, value in acls.items():
-            os.setxattr(path, name, value)
-        attr, upper_ino, ino = upper.attr(path)
-        held = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    finally:
-        os.close(fd)
-    nodeid = stack.tree.add(parent.nodeid, _NO_NAME, attr, upper_ino, ino)
-    stack.tree.ref(nodeid)
-    stack.tree.remove(parent.nodeid, _NO_NAME)
-    stack.orphans[nodeid] = held
-    return stack.tree.get(nodeid)

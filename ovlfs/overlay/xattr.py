@@ -39,15 +39,19 @@ def get(stack: Stack, inode: Inode, name: bytes) -> bytes:
     return value
 
 
-def set_(stack: Stack, inode: Inode, name: bytes, value: bytes) -> None:
-    """Set an attribute.  Raises OSError: EROFS, EPERM, EOPNOTSUPP, ENOSPC, E2BIG, ERANGE as the upper file system says.
+def set_(stack: Stack, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+    """Set an attribute; `flags` as in setxattr(2): XATTR_CREATE, XATTR_REPLACE.
 
     Precondition: not copy_up.need_data(inode).
+
+    Raises:
+        OSError: EROFS; EEXIST, ENODATA for the flags; EPERM, EOPNOTSUPP, ENOSPC, E2BIG, ERANGE as the upper file
+            system says.
     """
     _check_settable(stack, name)
     copy_up.metadata(stack, inode)
     with stack.object(inode) as path:
-        os.setxattr(path, _stored(stack, name), value)
+        os.setxattr(path, _stored(stack, name), value, flags)
     stack.refresh(inode.nodeid)
 
 
