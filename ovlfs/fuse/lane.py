@@ -110,7 +110,7 @@ class UnboundOperations(Operations):
     async def tmpfile(
         self: Operations, parent_nodeid: int, flags: int, mode: int, umask: int, uid: int, gid: int
     ) -> tuple[int, Attr, int]:
-        """FUSE_TMPFILE: (nodeid, which counts as one lookup; attributes; fh).  Errors: as directory_ops.create_nameless()."""
+        """FUSE_TMPFILE: (nodeid, which counts as one lookup; attributes; fh).  Errors: as dir.create_nameless()."""
         new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, umask=umask)
         inode = directory_ops.create_nameless(self._stack, self._get(parent_nodeid), new)
         try:
