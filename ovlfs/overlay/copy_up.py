@@ -25,6 +25,8 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ovlfs.ids import ROOT_NODEID, Name
@@ -329,10 +331,8 @@ class _Copy:
         if inode.nodeid == ROOT_NODEID:
             raise OSError(errno.EIO, "the root is in the upperdir already")
         attr = inode.attr if size is None else replace(inode.attr, size=size)
-        with upper.temp() as made:
-            if temp is not None:
-                sys.renameat2(upper.work_fd, temp, upper.work_fd, made)
-            else:
+        with upper.temp(temp) as made:
+            if temp is None:
                 self._make(made, attr)
             self._describe(made, attr, metacopy=metacopy)
             names = self._names()
@@ -437,24 +437,43 @@ class _Copy:
         return paths
 
     def _place(self, temp: Name, names: list[tuple[Inode, Name]]) -> None:
-        """Move the object to its first name and link it to the others; the parents keep their times."""
-        for number, (directory, name) in enumerate(names):
-            path = self.stack.upper_path(directory.nodeid)
-            with self.stack.object(directory) as parent_path:
-                before = os.stat(parent_path)
-                if number == 0:
-                    self.upper.place(temp, path, name)
-                else:
-                    with self.upper.layer.located(_join(self.stack, names[0])) as first:
-                        self.upper.link(first, path, name)
-                self._set_own(parent_path, b"impure", b"y")
-                os.utime(parent_path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        """Move the object to its first name and link it to the others; the parents keep their times.
+
+        On an exception it has none of the names.  What comes after a rename must not fail (kernel: best effort).
+        """
+        placed: list[tuple[Inode, Name]] = []
+        try:
+            for directory, name in names:
+                path = self.stack.upper_path(directory.nodeid)
+                with self.stack.object(directory) as parent_path:
+                    self._set_own(parent_path, b"impure", b"y")
+                    with _times_kept(parent_path):
+                        if not placed:
+                            self.upper.place(temp, path, name)
+                        else:
+                            with self.upper.layer.located(_join(self.stack, names[0])) as first:
+                                self.upper.link(first, path, name)
+                        placed.append((directory, name))
+        except BaseException:
+            for directory, name in placed:
+                with suppress(OSError), self.stack.object(directory) as parent_path, _times_kept(parent_path):
+                    self.upper.take_away(self.stack.upper_path(directory.nodeid), name)
+            raise
 
     def _keep_orphan(self, temp: Name) -> None:
         """An inode without a name, that is still in use: so is its copy.  Kernel: ovl_copy_up_tmpfile()."""
         fd = sys.open_beneath(self.upper.work_fd, temp, os.O_PATH | os.O_NOFOLLOW)
         self.upper.discard(temp)
         self.stack.orphans[self.inode.nodeid] = fd
+
+
+@contextmanager
+def _times_kept(path: bytes) -> Iterator[None]:
+    """Give the directory its times again after the block, if that can be done."""
+    before = os.stat(path)
+    yield
+    with suppress(OSError):
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _join(stack: Stack, name: tuple[Inode, Name]) -> bytes:

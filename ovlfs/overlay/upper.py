@@ -63,9 +63,9 @@ class Upper:
         return sys.fd_path(self.work_fd, temp)
 
     @contextmanager
-    def temp(self) -> Iterator[Name]:
-        """A name for a temporary object.  What is left under it when the block fails is removed."""
-        name = self.temp_name()
+    def temp(self, name: Name | None = None) -> Iterator[Name]:
+        """A name (or this one) for a temporary object.  What is left under it when the block fails is removed."""
+        name = name or self.temp_name()
         try:
             yield name
         except BaseException:
