@@ -107,8 +107,10 @@ class OverrideOwner:
     def set(self, path: bytes, mode: int, uid: int, gid: int, *, rdev: int = 0) -> None:  # noqa: D102
         st = os.stat(path)
         permissions = stat.S_IMODE(mode)
-        needed = 0o700 if stat.S_ISDIR(st.st_mode) else 0o600  # the daemon must get at its own files
-        os.chmod(path, permissions | needed)
+        # The daemon must get at its own files; fifos and sockets it never opens, and they hold no xattr to say more.
+        needed = {stat.S_IFDIR: 0o700, stat.S_IFREG: 0o600}.get(stat.S_IFMT(st.st_mode), 0)
+        if not stat.S_ISLNK(st.st_mode):
+            os.chmod(path, permissions | needed)
         kind = stat.S_IFMT(mode)
         shown = Override(uid, gid, permissions, kind, rdev)
         st = os.stat(path)
