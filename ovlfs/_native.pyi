@@ -63,8 +63,8 @@ class Lane:
         dev_fd: int,
         session_fd: int,
         *,
-        max_write: int = 1 << 20,
-        queue_bytes: int = 16 << 20,
+        max_write: int = ...,
+        queue_bytes: int = ...,
         queue_count: int = 256,
     ) -> Self: ...
     def start(self) -> None: ...

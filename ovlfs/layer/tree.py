@@ -400,4 +400,3 @@ def _identify_upper(layers: Layers, path: bytes, lower: Sequence[Source]) -> tup
         value = upper.own_xattr(at, b"origin", follow=True)
     origin = decode(layers, value) if value is not None else None
     return st.st_ino, origin if origin is not None else upper.ino_of(st)
-

@@ -77,8 +77,11 @@ def _need_name(stack: Stack, inode: Inode) -> None:
     """
     if inode.is_linked:
         return
+    parent_gone = False
     parent = stack.last_parent.get(inode.nodeid)
-    parent_gone = parent is not None and parent.upper and not parent.is_linked
+    if parent is not None:
+        with suppress(OSError):  # ESTALE: the directory was forgotten
+            parent_gone = parent.upper and not parent.is_linked
     if inode.is_dir:
         code = errno.EIO if parent_gone else errno.ENOTDIR
     else:
