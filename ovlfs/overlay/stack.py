@@ -27,7 +27,7 @@ from ovlfs.overlay.upper import Upper, remove_tree
 
 _WORK = b"work"
 _DIRTY = b"work/incompat/volatile/dirty"
-"""Relative to workdir.  Kernel: a mount refuses an upper whose last volatile mount did not end well."""
+"""Relative to workdir.  As with the kernel it stays, also after an orderly end: nothing was ever synced."""
 
 
 class Stack:
@@ -207,9 +207,8 @@ def _claim_workdir(params: Params, layer: DirLayer) -> int:
         with suppress(FileNotFoundError):
             os.stat(_DIRTY, dir_fd=fd)
             raise MountError(
-                f"workdir {printable(params.workdir)}: the last mount was volatile and did not end in order, what is "
-                "in the upperdir may be damaged; "
-                f"remove {printable(os.path.join(params.workdir, _DIRTY))} to use it all the same"
+                f"workdir {printable(params.workdir)}: the last mount was volatile, so the upperdir may be incomplete after "
+                f"a crash; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it all the same"
             )
         with suppress(FileExistsError):
             os.mkdir(_WORK, 0o700, dir_fd=fd)
