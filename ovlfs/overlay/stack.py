@@ -207,8 +207,8 @@ def _claim_workdir(params: Params, layer: DirLayer) -> int:
         with suppress(FileNotFoundError):
             os.stat(_DIRTY, dir_fd=fd)
             raise MountError(
-                f"workdir {printable(params.workdir)}: the last mount was volatile, so the upperdir may be incomplete after "
-                f"a crash; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it all the same"
+                f"workdir {printable(params.workdir)}: the last mount was volatile, so the upperdir may be incomplete "
+                f"after a crash; remove {printable(os.path.join(params.workdir, _DIRTY))} to use it all the same"
             )
         with suppress(FileExistsError):
             os.mkdir(_WORK, 0o700, dir_fd=fd)
