@@ -3,12 +3,10 @@
 How much is copied, what the upperdir holds, what an open file sees, what a remount keeps.
 """
 
-import ctypes
 import errno
 import fcntl
 import mmap
 import os
-import random
 import shutil
 import stat
 import struct
@@ -20,12 +18,12 @@ from pathlib import Path
 
 import pytest
 from helpers_overlay import Overlay, Run, docker_archive, fingerprint, overlay
+from helpers_random import populate, random_run, renameat2, write
 from helpers_tree import SHOWN, differences, look
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 MIB = 1 << 20
-AT_FDCWD = -100
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 
@@ -34,19 +32,6 @@ def made(ovlfs: Run, scratch: Path) -> Iterator[Overlay]:
     """Two lower directories, not yet mounted."""
     with overlay(ovlfs, scratch, layers=2) as found:
         yield found
-
-
-def write(path: Path, content: bytes | str = b"lower\n", mode: int = 0o644) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    path.chmod(mode)
-    return path
-
-
-def renameat2(old: Path, new: Path, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, bytes(old), AT_FDCWD, bytes(new), flags) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @contextmanager
@@ -746,50 +731,6 @@ def test_upper_and_work_in_use_are_refused(made: Overlay) -> None:
         words = f"lowerdir={made.lower},upperdir={upper},workdir={work}"
         said = made.ovlfs("mount", "-o", words, other / "mnt", code=1).stderr
         assert "in use by another mount" in said
-
-
-def random_run(mnt: Path, seed: int, steps: int) -> None:
-    """Do this and that, wherever it is possible."""
-    rng = random.Random(seed)
-
-    def somewhere() -> Path:
-        found = [Path(at) / name for at, dirs, files in os.walk(mnt) for name in (*dirs, *files)]
-        return rng.choice(found) if found and rng.random() < 0.8 else mnt / f"new{rng.randrange(50)}"
-
-    def append(path: Path) -> None:
-        with open(path, "ab") as file:
-            file.write(rng.randbytes(100))
-
-    actions: list[Callable[[Path], object]] = [
-        append,
-        append,
-        os.unlink,
-        os.rmdir,
-        shutil.rmtree,
-        lambda path: path.mkdir(),
-        lambda path: os.chmod(path, rng.randrange(0o1000)),
-        lambda path: os.chown(path, rng.randrange(9), 9, follow_symlinks=False),
-        lambda path: os.truncate(path, rng.randrange(5000)),
-        lambda path: os.setxattr(path, "user.x", rng.randbytes(9), follow_symlinks=False),
-        lambda path: os.rename(path, somewhere()),
-        lambda path: os.rename(path, somewhere()),
-        lambda path: os.link(path, somewhere(), follow_symlinks=False),
-        lambda path: os.symlink("nowhere", path / "link"),
-        lambda path: renameat2(path, somewhere(), RENAME_EXCHANGE),
-    ]
-    for _ in range(steps):
-        with suppress(OSError, shutil.SameFileError):
-            rng.choice(actions)(somewhere())
-
-
-def populate(lower: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    for number in range(60):
-        path = lower / rng.choice(["", "a", "a/b", "a/b/c", "d"]) / f"file{number}"
-        write(path, rng.randbytes(rng.randrange(9000)), rng.choice([0o644, 0o600, 0o4755]))
-        if rng.random() < 0.2:
-            with suppress(OSError):
-                os.link(path, lower / "a" / f"link{number}")
 
 
 def test_lower_layers_are_never_modified(made: Overlay) -> None:
