@@ -155,7 +155,7 @@ class TarLayer:
         if self._links_below is None:
             found: list[tuple[bytes, bytes]] = []
             todo: list[tuple[bytes, Ref]] = [(b"", self.root)]
-            while todo:
+            while todo and self.index.link_count:  # several names may share a link: it says whether there are any
                 path, directory = todo.pop()
                 for name, what in self.list(directory):
                     if what not in (What.DIRECTORY, What.LINK_BELOW):
