@@ -4,7 +4,9 @@ Always the same way: it is made in workdir with everything that belongs to it (c
 and then moved into its place by one rename.  So whoever looks at the upperdir, at whatever moment the machine stops,
 finds the old state or the new one.
 
-Whiteouts are character devices 0:0 (no privilege needed since Linux 5.8), one inode hard-linked many times.
+Whiteouts are character devices 0:0 (no privilege needed since Linux 5.8), one inode hard-linked many times.  Where the
+file system takes no such device (another overlay, for instance), they are empty files with the xattr overlay.whiteout,
+and their directory says so with overlay.opaque="x".
 
 Kernel: fs/overlayfs/dir.c: ovl_create_temp(), ovl_whiteout(), ovl_cleanup_and_whiteout(), ovl_create_over_whiteout();
 super.c: ovl_workdir_create(), ovl_workdir_cleanup().
@@ -25,6 +27,8 @@ from ovlfs.overlay.owner import NewObject, Owner
 _WHITEOUT = Name(b"#whiteout")
 _WHITEOUT_FALLBACK = frozenset((errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP))
 """renameat2(RENAME_WHITEOUT) answers: not on this file system, or not for this user."""
+_NO_DEVICE = frozenset((errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS))
+"""mknod(2) answers that mean "no character device 0:0 here"."""
 
 
 class Upper:
@@ -43,6 +47,7 @@ class Upper:
         self.prefix = prefix
         self.owner = owner
         self._counter = 0
+        self._devices = self._takes_devices()
 
     def close(self) -> None:
         """Remove the shared whiteout and give the descriptors back."""
@@ -143,15 +148,27 @@ class Upper:
     def whiteout(self, parent: bytes, name: Name, *, over: bool) -> None:
         """Put a whiteout at `name`; `over`: in the place of an object, which goes away."""
         with self.temp() as temp:
-            self._make_whiteout(temp)
+            self._make_whiteout(temp, parent)
             if over:
                 self.replace(temp, parent, name)
             else:
                 with self.layer.directory(parent) as dirfd:
                     sys.renameat2(self.work_fd, temp, dirfd, name, sys.RENAME_NOREPLACE)
 
-    def _make_whiteout(self, temp: Name) -> None:
+    def _takes_devices(self) -> bool:
+        try:
+            os.mknod(_WHITEOUT, stat.S_IFCHR, 0, dir_fd=self.work_fd)
+        except OSError as error:
+            if error.errno in _NO_DEVICE:
+                return False
+            raise
+        return True
+
+    def _make_whiteout(self, temp: Name, parent: bytes) -> None:
         """Kernel: ovl_whiteout(): a hard link of the one whiteout, which is made anew when its links run out."""
+        if not self._devices:
+            self._make_xattr_whiteout(temp, parent)
+            return
         for _ in range(2):
             try:
                 os.link(_WHITEOUT, temp, src_dir_fd=self.work_fd, dst_dir_fd=self.work_fd, follow_symlinks=False)
@@ -165,6 +182,17 @@ class Upper:
                 return
         os.mknod(temp, stat.S_IFCHR, 0, dir_fd=self.work_fd)
 
+    def _make_xattr_whiteout(self, temp: Name, parent: bytes) -> None:
+        """Kernel (reading it): util.c: ovl_path_check_xwhiteout_xattr(); overlayfs.rst, "Nesting overlayfs mounts"."""
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.work_fd)
+        try:
+            self.set_own(sys.fd_path(fd), b"whiteout", b"y")
+        finally:
+            os.close(fd)
+        with self.layer.located(parent) as path:
+            if self.layer.own_xattr(path, b"opaque", follow=True) is None:
+                self.set_own(path, b"opaque", b"x")
+
     def rename(
         self, parent: bytes, name: Name, new_parent: bytes, new_name: Name, *, whiteout: bool, exchange: bool
     ) -> None:
@@ -174,18 +202,20 @@ class Upper:
                 sys.renameat2(old, name, new, new_name, sys.RENAME_EXCHANGE)
             elif not whiteout:
                 sys.renameat2(old, name, new, new_name)
+            elif not self._devices:
+                self._rename_then_whiteout(old, name, new, new_name, parent)
             else:
                 try:
                     sys.renameat2(old, name, new, new_name, sys.RENAME_WHITEOUT)
                 except OSError as error:
                     if error.errno not in _WHITEOUT_FALLBACK:
                         raise
-                    self._rename_then_whiteout(old, name, new, new_name)
+                    self._rename_then_whiteout(old, name, new, new_name, parent)
 
-    def _rename_then_whiteout(self, old: int, name: Name, new: int, new_name: Name) -> None:
+    def _rename_then_whiteout(self, old: int, name: Name, new: int, new_name: Name, parent: bytes) -> None:
         """Without RENAME_WHITEOUT: a whiteout takes the old place while the object waits in workdir."""
         with self.temp() as temp:
-            self._make_whiteout(temp)
+            self._make_whiteout(temp, parent)
             sys.renameat2(self.work_fd, temp, old, name, sys.RENAME_EXCHANGE)
             try:
                 sys.renameat2(self.work_fd, temp, new, new_name)
