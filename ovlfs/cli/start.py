@@ -96,6 +96,7 @@ def _checked(request: Request) -> Request:
     params = replace(
         params,
         lowerdirs=tuple(os.path.join(here, path) for path in params.lowerdirs),
+        datadirs=tuple(os.path.join(here, path) for path in params.datadirs),
         upperdir=None if params.upperdir is None else os.path.join(here, params.upperdir),
         workdir=None if params.workdir is None else os.path.join(here, params.workdir),
     )
@@ -161,9 +162,10 @@ class _Work:
         if request.image is not None:
             assert store is not None
             params = self._open_image(opened, store, progress)
-        for path in params.lowerdirs:
+        directories = params.lowerdirs + params.datadirs
+        for path in directories:
             _check_directory("lowerdir", path)
-        mounting.check_lowerdirs(request.mountpoint, params.lowerdirs)
+        mounting.check_lowerdirs(request.mountpoint, directories)
         opened.place = self._place(opened, store, stack)
         if opened.place is None:
             return opened, params
@@ -171,7 +173,7 @@ class _Work:
         params = replace(params, upperdir=place.upperdir, workdir=place.workdir)
         _check_directory("upperdir", place.upperdir)
         _check_directory("workdir", place.workdir)
-        mounting.check_places(request.mountpoint, params.lowerdirs, place.upperdir, place.workdir)
+        mounting.check_places(request.mountpoint, directories, place.upperdir, place.workdir)
         if not params.read_only:
             stack.enter_context(uppers.claimed(place))
         return opened, params

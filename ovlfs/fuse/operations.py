@@ -390,9 +390,12 @@ class Operations(pyfuse3.Operations):
         return xattr.get(self._stack, self._get(inode), name)
 
     @_handler
-    async def listxattr(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "Sequence[XAttrNameT]":  # noqa: ARG002
-        """FUSE_LISTXATTR."""
-        return [pyfuse3.XAttrNameT(name) for name in xattr.get_all(self._stack, self._get(inode))]
+    async def listxattr(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "Sequence[XAttrNameT]":
+        """FUSE_LISTXATTR.  Only root is shown trusted.* (kernel: xattrs.c: ovl_can_list(), which asks for CAP_SYS_ADMIN;
+        a request says who asks, not what he may).
+        """
+        names = xattr.get_all(self._stack, self._get(inode))
+        return [pyfuse3.XAttrNameT(name) for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
 
     @_handler
     async def removexattr(self, inode: "InodeT", name: "XAttrNameT", ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002

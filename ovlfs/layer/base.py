@@ -88,6 +88,10 @@ class Layer(Protocol):
     def root_opaque(self) -> bool:
         """Whether the layer hides everything below it (`.wh..wh..opq` at a tar's root)."""
 
+    @property
+    def data_only(self) -> bool:
+        """Whether it merges with nothing, and only has the data of metacopy files whose redirect names it."""
+
     def is_implied(self, ref: Ref) -> bool:
         """Whether `ref` is a directory that has no attributes of its own (see `Entry`)."""
 

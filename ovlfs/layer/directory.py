@@ -93,6 +93,7 @@ class DirLayer:
 
     root: Ref = b""
     root_opaque = False
+    data_only = False
 
     def __init__(
         self, path: bytes, inos: InoMap, *, prefixes: tuple[bytes, ...], oci: bool = False, override: bool = False

@@ -14,6 +14,7 @@ redirect_dir=follow); a directory that a tar only implies takes its attributes f
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -90,7 +91,27 @@ def lookup(layers: Layers, sources: Sequence[Source], name: Name) -> Found | Non
         if look.found and look.found[0][1].metacopy and entry.metacopy:
             continue  # a metacopy of a metacopy: only the top's metadata and the bottom's data count
         look.found.append((at, entry))
+    if len(look.found) == 1 and look.found[0][1].metacopy and look.name[:1] == b"/":
+        data = _in_data_layers(layers, look.name[1:])
+        if data is not None:
+            look.found.append((data, Entry(What.OTHER, data.ref)))
     return _conclude(look)
+
+
+def _in_data_layers(layers: Layers, path: bytes) -> Source | None:
+    """The regular file `path` of the topmost data-only layer that has it.  Kernel: ovl_lookup_data_layers()."""
+    for number, layer in enumerate(layers):
+        if layer is None or not layer.data_only:
+            continue
+        entry: Entry | None = Entry(What.DIRECTORY, layer.root)
+        for part in path.split(b"/"):
+            if entry is None or entry.what is not What.DIRECTORY:
+                break
+            entry = layer.lookup(entry.ref, Name(part))
+        else:
+            if entry is not None and entry.what is What.OTHER and stat.S_ISREG(layer.attr(entry.ref).mode):
+                return Source(number, entry.ref)
+    return None
 
 
 def _conclude(look: _Lookup) -> Found | None:
@@ -203,7 +224,7 @@ def roots(layers: Layers, first: int) -> list[Source]:
     """The root directories of the stack from layer `first` downwards, to the first opaque one."""
     found: list[Source] = []
     for number, layer in enumerate(layers):
-        if layer is not None and number >= first:
+        if layer is not None and number >= first and not layer.data_only:
             found.append(Source(number, layer.root))
             if layer.root_opaque:
                 break

@@ -106,6 +106,8 @@ class TarLayer:
             implied=bool(flags & _native.INDEX_IMPLIED),
         )
 
+    data_only = False
+
     @property
     def root_opaque(self) -> bool:
         """Whether the tar has `.wh..wh..opq` at its root."""

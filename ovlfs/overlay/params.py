@@ -34,6 +34,7 @@ class Params:
 
     Attributes:
         lowerdirs: topmost first; empty when the lower layers are an image's.
+        datadirs: data-only layers: reached only by the absolute redirect of a metacopy file, never listed.
         upperdir: None: a read-only stack.
         userxattr: whether the overlay's xattrs are user.overlay.*; None: as privileges allow.
         redirect_dir: whether directories with something below may be renamed; None: the default.
@@ -49,6 +50,7 @@ class Params:
     """
 
     lowerdirs: tuple[bytes, ...] = ()
+    datadirs: tuple[bytes, ...] = ()
     upperdir: bytes | None = None
     workdir: bytes | None = None
     userxattr: bool | None = None
@@ -132,8 +134,13 @@ def verify(params: Params) -> None:
     if params.metacopy and params.redirect_dir is False:
         # A metacopy file that is renamed finds its data by its redirect only.
         raise UsageError("options 'metacopy=on' and 'redirect_dir=off' contradict each other")
-    if len(params.lowerdirs) > MAX_LAYERS:
-        raise UsageError(f"option 'lowerdir' has {len(params.lowerdirs)} directories, the limit is {MAX_LAYERS}")
+    if params.datadirs and not params.lowerdirs:
+        raise UsageError("data-only layers need a layer above them in 'lowerdir'")
+    if params.datadirs and params.metacopy is False:
+        raise UsageError("data-only layers and 'metacopy=off' contradict each other")
+    count = len(params.lowerdirs) + len(params.datadirs)
+    if count > MAX_LAYERS:
+        raise UsageError(f"option 'lowerdir' has {count} directories, the limit is {MAX_LAYERS}")
 
 
 def split_words(text: str) -> Iterator[str]:
@@ -216,21 +223,32 @@ def _lowerdir(parsed: _Parsed, word: str, value: str) -> None:
     if parsed.appended:
         raise UsageError("options 'lowerdir' and 'lowerdir+' cannot be combined")
     if not value:
-        parsed.param(lowerdirs=())
+        parsed.param(lowerdirs=(), datadirs=())
         return
     parts = _split_colons(value)
-    if any(not part for part in parts[1:-1]):
-        raise UsageError("option 'lowerdir': data-only layers ('::') are not supported")
-    if not parts[0] or not parts[-1]:
+    # "a:b::d1::d2": behind the first "::" come data-only layers, each behind a "::" of its own.
+    first = next((at for at, part in enumerate(parts) if not part and 0 < at < len(parts) - 1), len(parts))
+    lowers, rest = parts[:first], parts[first:]
+    if not all(lowers) or not all(rest[1::2]) or len(rest) % 2:
         raise UsageError(f"option '{printable(word)}' has an empty directory name")
-    parsed.param(lowerdirs=tuple(_path(word, part) for part in parts))
+    if any(rest[::2]):
+        raise UsageError("option 'lowerdir': a data-only layer ('::') must not stand above a regular one (':')")
+    parsed.param(
+        lowerdirs=tuple(_path(word, part) for part in lowers), datadirs=tuple(_path(word, part) for part in rest[1::2])
+    )
 
 
 def _lowerdir_add(parsed: _Parsed, word: str, value: str) -> None:
     if parsed.params.lowerdirs and not parsed.appended:
         raise UsageError("options 'lowerdir' and 'lowerdir+' cannot be combined")
     parsed.appended = True
+    if parsed.params.datadirs:
+        raise UsageError("option 'lowerdir+': a data-only layer must not stand above a regular one")
     parsed.param(lowerdirs=(*parsed.params.lowerdirs, _path(word, value)))
+
+
+def _datadir_add(parsed: _Parsed, word: str, value: str) -> None:
+    parsed.param(datadirs=(*parsed.params.datadirs, _path(word, value)))
 
 
 def _upperdir(parsed: _Parsed, word: str, value: str) -> None:
@@ -373,6 +391,7 @@ _VALUES: dict[str, _Value] = {
     # kernel overlayfs
     "lowerdir": _lowerdir,
     "lowerdir+": _lowerdir_add,
+    "datadir+": _datadir_add,
     "upperdir": _upperdir,
     "workdir": _workdir,
     "redirect_dir": _choice(
@@ -450,7 +469,6 @@ _NOTHING_TO_DO = frozenset(
 )
 
 _REFUSED = {
-    "datadir+": "data-only layers are not supported",
     "remount": "unmount it and mount it again",
     "bind": "it is not for file systems of this type",
     "move": "it is not for file systems of this type",

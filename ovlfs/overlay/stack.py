@@ -139,6 +139,7 @@ def open_stack(params: Params, lowers: Sequence[Layer] | None = None, *, inos: I
         if lowers is None:
             prefixes = (USER, TRUSTED) if userxattr else (TRUSTED, USER)
             lowers = [_open_lower(path, inos, prefixes, oci=params.oci_whiteouts) for path in params.lowerdirs]
+            lowers += [_open_lower(path, inos, prefixes, oci=False, data_only=True) for path in params.datadirs]
         if params.upperdir is not None and upper is None:
             # Nothing can be written, so an upperdir is a layer like the others, but for `.wh.` names.
             lowers = [_open_lower(params.upperdir, inos, (TRUSTED, USER), oci=False), *lowers]
@@ -160,9 +161,12 @@ def _cut_below_opaque_root(lowers: Sequence[Layer]) -> list[Layer]:
     return kept
 
 
-def _open_lower(path: bytes, inos: InoMap, prefixes: tuple[bytes, ...], *, oci: bool) -> DirLayer:
+def _open_lower(
+    path: bytes, inos: InoMap, prefixes: tuple[bytes, ...], *, oci: bool, data_only: bool = False
+) -> DirLayer:
     try:
         layer = DirLayer(path, inos, prefixes=prefixes, oci=oci)
+        layer.data_only = data_only
         layer.override = OVERRIDE_XATTR in map(os.fsencode, os.listxattr(layer.fd))
     except OSError as error:
         raise MountError(f"lowerdir {printable(path)}: {error.strerror}") from error

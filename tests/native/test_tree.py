@@ -118,6 +118,7 @@ class DictLayer:
 
     root: Ref = b""
     root_opaque = False
+    data_only = False
 
     def __init__(self, content: dict[bytes, Attr | None]) -> None:
         """Paths; None is a whiteout."""

@@ -52,9 +52,20 @@ def test_lowerdir_and_lowerdir_plus_cannot_be_combined(text: str) -> None:
     assert "cannot be combined" in refusal(text)
 
 
-@pytest.mark.parametrize("text", ["lowerdir=a::b", "lowerdir=a:b::c", "datadir+=x"])
-def test_data_only_layers_are_refused(text: str) -> None:
-    assert "data-only" in refusal(text)
+@pytest.mark.parametrize("text", ["lowerdir=a:b::c::d", "lowerdir+=a,lowerdir+=b,datadir+=c,datadir+=d"])
+def test_data_only_layers_stand_below_all_others(text: str) -> None:
+    """Kernel: overlayfs.rst, "Data-only lower layers"."""
+    params, _ = parse_mount_options(text)
+    assert params.lowerdirs == (b"a", b"b")
+    assert params.datadirs == (b"c", b"d")
+
+
+@pytest.mark.parametrize(
+    "text", ["lowerdir=::a", "lowerdir=a::", "lowerdir=a:::b", "lowerdir=a::b:c", "lowerdir+=a,datadir+=b,lowerdir+=c"]
+)
+def test_data_only_layers_in_the_wrong_place_are_refused(text: str) -> None:
+    """There is something above them, and nothing regular below."""
+    refusal(text)
 
 
 @pytest.mark.parametrize("text", ["lowerdir=:a", "lowerdir=a:", "lowerdir=a:b:", "upperdir=", "workdir=", "lowerdir+="])
