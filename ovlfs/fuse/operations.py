@@ -26,6 +26,7 @@ import pyfuse3
 import trio
 
 from ovlfs.errors import printable
+from ovlfs.fuse.idmap import IdMapping
 from ovlfs.fuse.locks import InodeLocks
 from ovlfs.ids import NodeId
 from ovlfs.layer.base import Attr
@@ -98,10 +99,16 @@ class Operations(pyfuse3.Operations):
         self._stack = stack
         self._tree = stack.tree
         self._locks = InodeLocks()
+        self._ids = IdMapping(stack.params)
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         if requests.isEnabledFor(logging.DEBUG):
             stack.events.listeners.append(lambda event: requests.debug("  %s", event))
+
+    @property
+    def shows_ids_as_stored(self) -> bool:
+        """Whether the owners in the tree are those to show (see idmap.py)."""
+        return self._ids.is_identity
 
     def close(self) -> None:
         """Close what clients left open (after a forced unmount)."""
@@ -135,9 +142,15 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """The attributes of an inode as pyfuse3 wants them."""
-        entry = _attributes(inode.attr)
+        entry = _attributes(self._shown(inode.attr))
         entry.st_ino = pyfuse3.InodeT(inode.nodeid)
         return entry
+
+    def _shown(self, attr_: Attr) -> Attr:
+        """Attributes with the owner under which they are shown."""
+        if self._ids.is_identity:
+            return attr_
+        return replace(attr_, uid=self._ids.users.shown(attr_.uid), gid=self._ids.groups.shown(attr_.gid))
 
     def _counted_entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """An answer that the kernel counts as a lookup."""
@@ -193,7 +206,8 @@ class Operations(pyfuse3.Operations):
         rdev: int = 0,
         target: bytes = b"",
     ) -> pyfuse3.EntryAttributes:
-        new = NewObject(mode, ctx.uid, ctx.gid, rdev, target, self._umask(ctx))
+        owner = self._ids.users.stored(ctx.uid), self._ids.groups.stored(ctx.gid)
+        new = NewObject(mode, *owner, rdev, target, self._umask(ctx))
         return self._counted_entry(
             directory_ops.create(self._stack, self._get(parent_nodeid), namei.check_name(name), new)
         )
@@ -354,8 +368,8 @@ class Operations(pyfuse3.Operations):
         target = self._get(inode)
         change = attr.Change(
             permissions=stat.S_IMODE(attributes.st_mode) if fields.update_mode else None,
-            uid=attributes.st_uid if fields.update_uid else None,
-            gid=attributes.st_gid if fields.update_gid else None,
+            uid=self._ids.users.stored(attributes.st_uid) if fields.update_uid else None,
+            gid=self._ids.groups.stored(attributes.st_gid) if fields.update_gid else None,
             size=attributes.st_size if fields.update_size else None,
             atime_ns=attributes.st_atime_ns if fields.update_atime else None,
             mtime_ns=attributes.st_mtime_ns if fields.update_mtime else None,
@@ -391,8 +405,8 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def listxattr(self, inode: "InodeT", ctx: pyfuse3.RequestContext) -> "Sequence[XAttrNameT]":
-        """FUSE_LISTXATTR.  Only root is shown trusted.* (kernel: xattrs.c: ovl_can_list(), which asks for CAP_SYS_ADMIN;
-        a request says who asks, not what he may).
+        """FUSE_LISTXATTR.  Only root is shown trusted.* (kernel: xattrs.c: ovl_can_list(), by CAP_SYS_ADMIN, which a
+        request does not tell).
         """
         names = xattr.get_all(self._stack, self._get(inode))
         return [pyfuse3.XAttrNameT(name) for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
@@ -447,7 +461,8 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: "InodeT", name: "FileNameT", mode: "ModeT", flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """FUSE_CREATE: make and open.  Errors: as overlay.dir.create()."""
-        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, umask=self._umask(ctx))
+        owner = self._ids.users.stored(ctx.uid), self._ids.groups.stored(ctx.gid)
+        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), *owner, umask=self._umask(ctx))
         inode = directory_ops.create(self._stack, self._get(parent_inode), namei.check_name(name), new)
         info = self._open(inode, flags & ~os.O_EXCL)
         return info, self._counted_entry(inode)

@@ -128,8 +128,6 @@ def open_stack(params: Params, lowers: Sequence[Layer] | None = None, *, inos: I
     Raises:
         MountError: with one line that says what cannot be used, and why.
     """
-    if params.uidmapping or params.gidmapping or params.squash_uid is not None or params.squash_gid is not None:
-        raise MountError("uidmapping, gidmapping and squash_to_* are not supported")
     inos = inos or InoMap()
     upper, userxattr = None, params.userxattr
     if params.upperdir is not None and params.workdir is not None and not params.read_only:
