@@ -59,13 +59,28 @@ def metadata(stack: Stack, inode: Inode) -> None:
         return
     stack.need_upper()
     _need_name(stack, inode)
-    copy = _Copy(stack, inode)
-    if stat.S_ISREG(inode.attr.mode) and inode.attr.size > 0:
-        if not stack.metacopy:
-            raise OSError(errno.EXDEV, "data has to be copied first")
-        copy.publish(metacopy=True)
-    else:
-        copy.publish(metacopy=False)
+    for missing in _missing(stack, inode):
+        copy = _Copy(stack, missing)
+        if stat.S_ISREG(missing.attr.mode) and missing.attr.size > 0:
+            if not stack.metacopy:
+                raise OSError(errno.EXDEV, "data has to be copied first")
+            copy.publish(metacopy=True)
+        else:
+            copy.publish(metacopy=False)
+
+
+def _missing(stack: Stack, inode: Inode) -> list[Inode]:
+    """The inode and those of its ancestors that are not in the upperdir, topmost first.
+
+    A loop, as in the kernel's ovl_copy_up_flags(): how deep a directory lies is not ours to trust.
+    """
+    chain = [inode]
+    while True:
+        names = stack.tree.names(chain[-1].nodeid)
+        ancestor = stack.tree.get(names[0][0]) if names else None
+        if ancestor is None or ancestor.upper:
+            return chain[::-1]
+        chain.append(ancestor)
 
 
 def _need_name(stack: Stack, inode: Inode) -> None:
