@@ -61,6 +61,12 @@ static_assert(sizeof(struct fuse_in_header) + sizeof(struct fuse_batch_forget_in
 	      FORGETS_MAX * sizeof(struct fuse_forget_one) <= OVL_LANE_MESSAGE_MAX, "a cut BATCH_FORGET fits");
 static_assert(sizeof(struct fuse_out_header) + OVL_LANE_LIST_MAX <= OVL_LANE_MESSAGE_MAX, "a listing fits");
 
+/* A request that is with Python. */
+struct pending {
+	uint64_t unique;
+	uint32_t opcode;
+};
+
 struct counters {
 	atomic_uint_fast64_t forwarded, extra, answered;
 };
@@ -73,6 +79,8 @@ struct ovl_lane {
 
 	unsigned char *request; /* the reader's; buffer_bytes */
 	unsigned char *reply;   /* the writer's; buffer_bytes */
+	unsigned char *answer;  /* the reader's; buffer_bytes; NULL: nothing is answered natively */
+	struct ovl_lane_native native; /* immutable */
 
 	pthread_t reader, writer, notifier;
 	bool reader_runs, writer_runs; /* the owner's thread only */
@@ -89,6 +97,11 @@ struct ovl_lane {
 	size_t queue_bytes, queue_count;              /* protected by lock */
 	struct ovl_lane_request *note, **last_note;   /* notifications; protected by lock */
 	bool notifier_runs;                           /* protected by lock */
+	struct pending pending[OVL_LANE_PENDING];     /* protected by lock; only with native answers */
+	size_t pending_count, unlisted, renames;      /* protected by lock; unlisted: with Python, but not in `pending` */
+
+	/* Held from where a native answer is looked up until it is written.  Taken before `lock`. */
+	pthread_mutex_t order;
 
 	struct counters counters[OVL_LANE_OPCODES];
 	atomic_uint_fast64_t replies, interrupted, refused, undeliverable, notifications, dropped;
@@ -156,6 +169,11 @@ static bool is_gone(ovl_err_t err)
 	       err == -EPERM; /* EPERM: not mounted yet or any more */
 }
 
+static bool has_reply(uint32_t opcode)
+{
+	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET;
+}
+
 static void put_error(struct ovl_lane *lane, uint64_t unique, int error)
 {
 	struct fuse_out_header header = {.len = sizeof(header), .error = -error, .unique = unique};
@@ -182,6 +200,73 @@ static void put_reply(struct ovl_lane *lane, uint64_t unique, const struct iovec
 	}
 }
 
+/* ---- what is with Python ----------------------------------------------------------------------------------------- */
+
+static bool is_rename(uint32_t opcode)
+{
+	return opcode == FUSE_RENAME || opcode == FUSE_RENAME2;
+}
+
+/* Before it is handed on. */
+static void note_request(struct ovl_lane *lane, const struct fuse_in_header *header)
+{
+	if (!lane->answer || !has_reply(header->opcode))
+		return;
+	pthread_mutex_lock(&lane->lock);
+	if (lane->pending_count < OVL_LANE_PENDING) {
+		lane->pending[lane->pending_count++] = (struct pending){header->unique, header->opcode};
+		lane->renames += is_rename(header->opcode);
+	} else {
+		lane->unlisted++;
+	}
+	pthread_mutex_unlock(&lane->lock);
+}
+
+/* Its reply is here: its opcode, 0 if that is not known. */
+static uint32_t take_request(struct ovl_lane *lane, uint64_t unique)
+{
+	uint32_t opcode = 0;
+	size_t at = 0;
+
+	if (!lane->answer)
+		return 0;
+	pthread_mutex_lock(&lane->lock);
+	while (at < lane->pending_count && lane->pending[at].unique != unique)
+		at++;
+	if (at < lane->pending_count) {
+		opcode = lane->pending[at].opcode;
+		lane->renames -= is_rename(opcode);
+		lane->pending[at] = lane->pending[--lane->pending_count];
+	} else if (lane->unlisted > 0) {
+		lane->unlisted--;
+	}
+	pthread_mutex_unlock(&lane->lock);
+	return opcode;
+}
+
+/* The reader's thread, which is the one that hands on: what is not so now does not become so while it looks. */
+static unsigned situation(struct ovl_lane *lane)
+{
+	unsigned found = 0;
+
+	pthread_mutex_lock(&lane->lock);
+	if (lane->pending_count > 0 || lane->unlisted > 0)
+		found |= OVL_LANE_BUSY;
+	if (lane->renames > 0 || lane->unlisted > 0)
+		found |= OVL_LANE_RENAMING;
+	pthread_mutex_unlock(&lane->lock);
+	if (atomic_load(&lane->init_offered) & FUSE_NO_OPENDIR_SUPPORT)
+		found |= OVL_LANE_NO_OPENDIR;
+	return found;
+}
+
+/* A reply of Python is about to be written: native answers that were looked up before are written first. */
+static void await_order(struct ovl_lane *lane)
+{
+	pthread_mutex_lock(&lane->order);
+	pthread_mutex_unlock(&lane->order);
+}
+
 /* ---- INIT -------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -190,8 +275,12 @@ static void put_reply(struct ovl_lane *lane, uint64_t unique, const struct iovec
  */
 static const struct {
 	uint64_t set, clear;
+	bool native; /* only with native answers, which know plain READDIR */
 } init_flags[] = {
 	{.set = FUSE_DONT_MASK},
+	{.set = FUSE_PARALLEL_DIROPS, .native = true},
+	{.set = FUSE_CACHE_SYMLINKS, .native = true},
+	{.set = FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO, .native = true},
 };
 
 /* The request, before pyfuse3 sees it: without MAX_PAGES libfuse keeps to buffers of 128 KiB, and so much is never
@@ -230,6 +319,8 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 	memcpy(&out, message + sizeof(header), sizeof(out));
 	flags = out.flags | (uint64_t)out.flags2 << 32;
 	for (size_t i = 0; i < sizeof(init_flags) / sizeof(init_flags[0]); i++) {
+		if (init_flags[i].native && !lane->answer)
+			continue;
 		flags |= init_flags[i].set & offered;
 		flags &= ~init_flags[i].clear;
 	}
@@ -354,14 +445,10 @@ static const handler_t handlers[OVL_LANE_OPCODES] = {
 	[OP_COPY_FILE_RANGE_64] = answer_extra,
 };
 
-static bool has_reply(uint32_t opcode)
-{
-	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET;
-}
-
 static void refuse(struct ovl_lane *lane, const struct fuse_in_header *header, int error)
 {
 	count(&lane->undeliverable);
+	take_request(lane, header->unique);
 	if (has_reply(header->opcode))
 		put_error(lane, header->unique, error);
 }
@@ -399,12 +486,46 @@ static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, 
 	pthread_mutex_unlock(&lane->lock);
 }
 
+/* False: the request, which may have changed, has to be handed on. */
+static bool answer_natively(struct ovl_lane *lane, unsigned char *message, size_t *size)
+{
+	struct ovl_lane_answer answer = {.body = lane->answer, .room = lane->buffer_bytes - sizeof(struct fuse_out_header)};
+	struct fuse_in_header request;
+	struct fuse_out_header header;
+	struct iovec parts[2];
+	enum ovl_lane_verdict verdict;
+
+	memcpy(&request, message, sizeof(request));
+	pthread_mutex_lock(&lane->order);
+	verdict = lane->native.answer(lane->native.arg, situation(lane), message, size, &answer);
+	if (verdict == OVL_LANE_ANSWERED) {
+		header = (struct fuse_out_header){
+			.len = (uint32_t)(sizeof(header) + answer.size),
+			.error = -answer.error,
+			.unique = request.unique,
+		};
+		parts[0] = (struct iovec){.iov_base = &header, .iov_len = sizeof(header)};
+		parts[1] = (struct iovec){.iov_base = answer.body, .iov_len = answer.size};
+		put_reply(lane, request.unique, parts, answer.size ? 2 : 1);
+	}
+	pthread_mutex_unlock(&lane->order);
+	return verdict != OVL_LANE_PASS;
+}
+
+/* pyfuse3 does not bind READDIR, which comes only with FUSE_READDIRPLUS_AUTO. */
+static enum route route_of(struct ovl_lane *lane, uint32_t opcode, unsigned char *message, size_t size)
+{
+	handler_t handler = opcode < OVL_LANE_OPCODES ? handlers[opcode] : NULL;
+
+	if (lane->answer && opcode == FUSE_READDIR)
+		return EXTRA;
+	return handler ? handler(lane, message, size) : FORWARD;
+}
+
 static void dispatch(struct ovl_lane *lane, unsigned char *message, size_t size)
 {
 	struct fuse_in_header header;
 	struct counters *counters;
-	handler_t handler;
-	enum route route = FORWARD;
 
 	if (size < sizeof(header)) {
 		count(&lane->dropped);
@@ -418,16 +539,22 @@ static void dispatch(struct ovl_lane *lane, unsigned char *message, size_t size)
 		return;
 	}
 	counters = &lane->counters[slot(header.opcode)];
-	handler = header.opcode < OVL_LANE_OPCODES ? handlers[header.opcode] : NULL;
-	if (handler)
-		route = handler(lane, message, size);
-	switch (route) {
+	if (lane->answer) {
+		if (answer_natively(lane, message, &size)) {
+			count(&counters->answered);
+			return;
+		}
+		header.len = (uint32_t)size;
+	}
+	switch (route_of(lane, header.opcode, message, size)) {
 	case FORWARD:
 		count(&counters->forwarded);
+		note_request(lane, &header);
 		forward(lane, &header, message);
 		break;
 	case EXTRA:
 		count(&counters->extra);
+		note_request(lane, &header);
 		enqueue(lane, &header, message);
 		break;
 	case ANSWERED:
@@ -557,6 +684,7 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 {
 	struct fuse_out_header header;
 	struct iovec part = {.iov_base = message, .iov_len = size};
+	uint32_t opcode;
 
 	if (size < sizeof(header)) {
 		count(&lane->dropped);
@@ -570,6 +698,7 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 		return;
 	}
 	if (header.unique == 0) {
+		await_order(lane);
 		if (is_attr_only(message, size)) {
 			put(lane, &part, 1); /* ENOENT: the kernel does not have it */
 			count(&lane->notifications);
@@ -582,6 +711,10 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 		patch_init(lane, message, size);
 		atomic_store(&lane->init_unique, 0);
 	}
+	opcode = take_request(lane, header.unique);
+	if (opcode && !header.error && lane->native.patch)
+		lane->native.patch(lane->native.arg, opcode, message + sizeof(header), size - sizeof(header));
+	await_order(lane);
 	put_reply(lane, header.unique, &part, 1);
 }
 
@@ -643,6 +776,8 @@ static void destroy(struct ovl_lane *lane)
 	free_list(lane->note);
 	free(lane->request);
 	free(lane->reply);
+	free(lane->answer);
+	pthread_mutex_destroy(&lane->order);
 	pthread_cond_destroy(&lane->room);
 	pthread_cond_destroy(&lane->noted);
 	pthread_mutex_destroy(&lane->lock);
@@ -672,7 +807,9 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	lane->queue_count_max = config->queue_count;
 	lane->last = &lane->first;
 	lane->last_note = &lane->note;
+	lane->native = config->native;
 	pthread_mutex_init(&lane->lock, NULL);
+	pthread_mutex_init(&lane->order, NULL);
 	pthread_cond_init(&lane->room, NULL);
 	pthread_cond_init(&lane->noted, NULL);
 
@@ -688,7 +825,9 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	err = -ENOMEM;
 	lane->request = malloc(lane->buffer_bytes);
 	lane->reply = malloc(lane->buffer_bytes);
-	if (!lane->request || !lane->reply)
+	if (lane->native.answer)
+		lane->answer = malloc(lane->buffer_bytes);
+	if (!lane->request || !lane->reply || (lane->native.answer && !lane->answer))
 		goto out;
 	flags = fcntl(lane->dev_fd, F_GETFL);
 	if (flags < 0 || fcntl(lane->dev_fd, F_SETFL, flags | O_NONBLOCK) < 0) {
@@ -818,6 +957,8 @@ ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, cons
 	if (error < 0 || error >= 512 || (error && size) || size > lane->buffer_bytes || unique == 0)
 		return -EINVAL;
 	header.len = (uint32_t)(sizeof(header) + size);
+	take_request(lane, unique);
+	await_order(lane);
 	put_reply(lane, unique, parts, size ? 2 : 1);
 	return 0;
 }

@@ -3,7 +3,7 @@
  *
  * Problem.  pyfuse3 owns a session, not the device: it binds a part of the protocol (no fallocate, lseek,
  * copy_file_range, tmpfile), and what it answers to INIT cannot be changed.  So the lane owns /dev/fuse.  It reads
- * every request once and gives it to one of three:
+ * every request once and gives it to one of three, or has it answered at once (struct ovl_lane_native):
  *
  *        clients                                                           pyfuse3 (trio thread)
  *           |                                                                 ^          |
@@ -38,6 +38,12 @@
  * What is under way is bounded by the socket (SO_SNDBUF each way), the queue (bytes and requests, one request at
  * least) and, on Python's side, by pyfuse3's workers and the handlers of ovlfs.fuse.lane.
  *
+ * Order.  A reply to a change must not be overtaken by an answer from before it, which the kernel would keep: the reader
+ * holds `order` from where it looks until its answer is written, and whoever writes a reply of Python waits for it.  So
+ * the writer waits for the reader, but only while that answers natively, which waits for no Python.
+ * What Python has in its hands is known by unique (`pending`): natively, nothing is forgotten while there is any, and no
+ * layer asked while there is a RENAME (lane_tree.c says why).
+ *
  * Every request gets one reply.  A reply that the kernel refuses (EINVAL, ENOMEM, ...) is replaced by EIO; a request
  * that the socket refuses is answered here; FORGET, BATCH_FORGET have none; INTERRUPT is answered ENOSYS once, after
  * which the kernel sends no more (pyfuse3 would only remember them).
@@ -64,9 +70,39 @@ typedef int ovl_err_t;
 
 #define OVL_LANE_OPCODES 64u          /* counters and handlers; the highest opcode today is 53 */
 #define OVL_LANE_LIST_MAX 65536u      /* bytes asked for in one READDIR or READDIRPLUS */
+#define OVL_LANE_PENDING 512u         /* requests that are with Python and known one by one; the others are counted */
 #define OVL_LANE_MESSAGE_MAX 73728u   /* bytes of the largest message through the socket: an xattr, names, headers */
 
 struct ovl_lane;
+
+enum ovl_lane_verdict {
+	OVL_LANE_PASS,     /* on, as if there were no native part; the message can have become shorter */
+	OVL_LANE_ANSWERED, /* `answer` is the reply */
+	OVL_LANE_SILENT,   /* done, and the request has no reply */
+};
+
+/* What native answers depend on: a sum of these. */
+#define OVL_LANE_BUSY 1u       /* Python has a request */
+#define OVL_LANE_RENAMING 2u   /* one of them is a RENAME */
+#define OVL_LANE_NO_OPENDIR 4u /* the kernel knows what ENOSYS to OPENDIR means */
+
+struct ovl_lane_answer {
+	int error;  /* a positive errno, or 0 */
+	size_t size; /* of the body */
+	size_t room; /* at least 4 KiB */
+	unsigned char *body;
+};
+
+/* Who answers without Python; borrowed, and all of it optional. */
+struct ovl_lane_native {
+	/* `message` is a whole request with its header, and may be changed.  The reader's thread; must not wait for
+	 * Python, nor for a client. */
+	enum ovl_lane_verdict (*answer)(void *arg, unsigned situation, unsigned char *message, size_t *size,
+					struct ovl_lane_answer *answer);
+	/* The session's reply to a request, before the kernel sees it.  The writer's thread; as above. */
+	void (*patch)(void *arg, uint32_t opcode, unsigned char *body, size_t size);
+	void *arg;
+};
 
 struct ovl_lane_config {
 	int dev_fd;           /* /dev/fuse, mounted */
@@ -74,6 +110,7 @@ struct ovl_lane_config {
 	size_t max_write;     /* bytes of data in one READ or WRITE: a multiple of the page size, 4 KiB to 4 MiB */
 	size_t queue_bytes;   /* the reader waits when the queue holds so much */
 	size_t queue_count;   /* or so many requests */
+	struct ovl_lane_native native; /* .answer NULL: nothing is answered natively */
 };
 
 /* One EXTRA request.  `message` starts with struct fuse_in_header, whose len is `size`. */

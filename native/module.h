@@ -36,6 +36,10 @@ int ovl_add_tree(PyObject *module);
  * else. */
 const struct ovl_index *ovl_index_from_object(PyObject *module, PyObject *object);
 
+/* The live tree inside a Tree object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything else. */
+struct ovl_tree;
+struct ovl_tree *ovl_tree_from_object(PyObject *module, PyObject *object);
+
 /* Sets the Python exception for an ovl_err_t: MemoryError, or OSError with the errno.  Returns NULL. */
 PyObject *ovl_raise(ovl_err_t err);
 

@@ -4,19 +4,21 @@
  * Ownership: the object owns the lane, and with it both descriptors, from a successful __new__ (also from a failed one)
  * to close() or dealloc; `lane` is NULL after close().  Threads: the lane's own threads never touch Python.  close,
  * stop and reply run without the GIL; `users` (changed with the GIL held) keeps close() from freeing what another
- * thread is using.
+ * thread is using.  A `tree` is referred to as long as the lane's threads may look into it; it refers to no lane, so
+ * there is no cycle to collect.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <linux/fuse.h>
 
-#include "lane.h"
+#include "lane_tree.h"
 #include "module.h"
 
 struct lane_object {
 	PyObject_HEAD
 	struct ovl_lane *lane;
+	PyObject *tree; /* owned; NULL: nothing is answered natively */
 	Py_ssize_t users;
 };
 
@@ -31,15 +33,22 @@ static struct ovl_lane *get(PyObject *object)
 
 static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count", NULL};
+	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count", "tree", NULL};
 	struct ovl_lane_config config = {.dev_fd = -1, .session_fd = -1};
 	Py_ssize_t max_write = 1 << 20, bytes = 16 << 20, count = 256;
+	PyObject *tree = Py_None;
 	struct lane_object *self;
 	ovl_err_t err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnn:Lane", names, &config.dev_fd, &config.session_fd,
-					 &max_write, &bytes, &count))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnO:Lane", names, &config.dev_fd, &config.session_fd,
+					 &max_write, &bytes, &count, &tree))
 		return NULL;
+	if (tree != Py_None) {
+		config.native = (struct ovl_lane_native){ovl_lane_tree_answer, ovl_lane_tree_patch, NULL};
+		config.native.arg = ovl_tree_from_object(PyType_GetModule(type), tree);
+		if (!config.native.arg)
+			return NULL;
+	}
 	config.max_write = max_write < 0 ? 0 : (size_t)max_write;
 	config.queue_bytes = bytes < 0 ? 0 : (size_t)bytes;
 	config.queue_count = count < 0 ? 0 : (size_t)count;
@@ -50,6 +59,10 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	if (err) {
 		Py_DECREF(self);
 		return ovl_raise(err);
+	}
+	if (tree != Py_None) {
+		Py_INCREF(tree);
+		self->tree = tree;
 	}
 	return (PyObject *)self;
 }
@@ -62,6 +75,7 @@ static void lane_dealloc(PyObject *object)
 	Py_BEGIN_ALLOW_THREADS
 	ovl_lane_free(lane);
 	Py_END_ALLOW_THREADS
+	Py_CLEAR(((struct lane_object *)object)->tree);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
@@ -79,6 +93,7 @@ static PyObject *lane_close(PyObject *object, PyObject *Py_UNUSED(unused))
 	Py_BEGIN_ALLOW_THREADS
 	ovl_lane_free(lane);
 	Py_END_ALLOW_THREADS
+	Py_CLEAR(self->tree);
 	Py_RETURN_NONE;
 }
 
@@ -257,7 +272,7 @@ static PyGetSetDef lane_getset[] = {
 };
 
 static PyType_Slot lane_slots[] = {
-	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count)\n--\n\n"
+	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree)\n--\n\n"
 		    "Stands between /dev/fuse and those who answer; owns both descriptors."},
 	{Py_tp_new, (void *)lane_new},
 	{Py_tp_dealloc, (void *)lane_dealloc},

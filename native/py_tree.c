@@ -1251,6 +1251,15 @@ static PyType_Spec tree_spec = {
 	.slots = tree_slots,
 };
 
+struct ovl_tree *ovl_tree_from_object(PyObject *module, PyObject *object)
+{
+	if (!PyObject_TypeCheck(object, ovl_module_state(module)->tree_type)) {
+		PyErr_Format(PyExc_TypeError, "a native Tree is expected, not %.100s", Py_TYPE(object)->tp_name);
+		return NULL;
+	}
+	return ((struct tree *)object)->core;
+}
+
 int ovl_add_tree(PyObject *module)
 {
 	struct ovl_module_state *state = ovl_module_state(module);

@@ -73,6 +73,7 @@ enum {
 	NODE_REDIRECT = 8,
 	NODE_LOWER = 16,    /* no directory: there is a source in layer, ref, name */
 	NODE_INO_OWNER = 32, /* lookups of the ino find this one */
+	NODE_LOST_NAME = 64, /* a name of it was removed; it stays so */
 };
 
 struct node {
@@ -976,7 +977,7 @@ static void count_lookup(struct node *node)
 	__atomic_fetch_add(&node->nlookup, 1, __ATOMIC_RELAXED);
 }
 
-ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, bool count,
+ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, unsigned how,
 			  struct ovl_entry *out, struct ovl_ask *ask)
 {
 	struct entry *entry = NULL;
@@ -993,13 +994,15 @@ ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		known = !entry || entry->node;
 		if (entry && entry->node) {
 			fill_entry(entry->node, out);
-			if (count)
+			if (how & OVL_COUNT)
 				count_lookup(entry->node);
 		}
 	}
 	pthread_rwlock_unlock(&tree->lock);
 	if (err || known)
 		return err;
+	if (how & OVL_KNOWN)
+		return OVL_ASK;
 
 	pthread_rwlock_wrlock(&tree->lock);
 	err = find_dir(tree, parent, &node);
@@ -1007,7 +1010,7 @@ ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		err = need_entry(tree, node, name, len, &entry, ask);
 	if (!err) {
 		fill_entry(entry->node, out);
-		if (count)
+		if (how & OVL_COUNT)
 			count_lookup(entry->node);
 	}
 	pthread_rwlock_unlock(&tree->lock);
@@ -1054,8 +1057,8 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 	return err;
 }
 
-ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, size_t most, ovl_tree_emit emit,
-			void *arg, struct ovl_ask *ask)
+ovl_err_t ovl_tree_list_how(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, size_t most, unsigned how,
+			    ovl_tree_emit emit, void *arg, struct ovl_ask *ask)
 {
 	struct ovl_entry out;
 	struct node *node;
@@ -1074,7 +1077,7 @@ ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, 
 		     !err && !more && at < node->u.dir->used && most > 0; at++) {
 			const struct entry *entry = &node->u.dir->entries[at];
 
-			if (!entry->name)
+			if (!entry->name || entry->name[0] == '/') /* dir.py: _NO_NAME, there for a moment */
 				continue;
 			if (!entry->node) {
 				more = true;
@@ -1085,12 +1088,16 @@ ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, 
 				full = true;
 				break;
 			}
+			if (how & OVL_COUNT)
+				count_lookup(entry->node);
 			after = entry->cookie;
 			most--;
 		}
 		pthread_rwlock_unlock(&tree->lock);
 		if (err || full || !more)
 			return err;
+		if (how & OVL_KNOWN)
+			return OVL_ASK;
 
 		pthread_rwlock_wrlock(&tree->lock);
 		err = find_dir(tree, nodeid, &node);
@@ -1100,6 +1107,52 @@ ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, 
 		if (err)
 			return err;
 	}
+}
+
+ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, size_t most, ovl_tree_emit emit,
+			void *arg, struct ovl_ask *ask)
+{
+	return ovl_tree_list_how(tree, nodeid, after, most, 0, emit, arg, ask);
+}
+
+ovl_err_t ovl_tree_parent(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry *out)
+{
+	struct node *node;
+	ovl_err_t err;
+
+	pthread_rwlock_rdlock(&tree->lock);
+	err = find_node(tree, nodeid, &node);
+	if (!err)
+		fill_entry(node->parent ? node->parent : node, out);
+	pthread_rwlock_unlock(&tree->lock);
+	return err;
+}
+
+static ovl_err_t node_readlink(const struct ovl_tree *tree, const struct node *node, const uint8_t **target, size_t *len)
+{
+	const struct ovl_layer *layer;
+
+	if (!S_ISLNK(node->attr.mode))
+		return -EINVAL;
+	if (node->flags & NODE_UPPER || !(node->flags & NODE_LOWER))
+		return OVL_ASK;
+	layer = &tree->stack.layers[node->layer];
+	if (layer->kind != OVL_LAYER_TAR || node->name || node->ref.number < 0 || node->ref.number > UINT32_MAX)
+		return OVL_ASK;
+	return ovl_index_readlink(layer->index, (uint32_t)node->ref.number, target, len);
+}
+
+ovl_err_t ovl_tree_readlink(struct ovl_tree *tree, uint64_t nodeid, const uint8_t **target, size_t *len)
+{
+	struct node *node;
+	ovl_err_t err;
+
+	pthread_rwlock_rdlock(&tree->lock);
+	err = find_node(tree, nodeid, &node);
+	if (!err)
+		err = node_readlink(tree, node, target, len);
+	pthread_rwlock_unlock(&tree->lock);
+	return err;
 }
 
 ovl_err_t ovl_tree_path(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, size_t *len)
@@ -1355,8 +1408,10 @@ ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		goto out;
 	}
 	node = entry->node;
-	if (node)
+	if (node) {
 		detach(directory, entry);
+		set_flag(node, NODE_LOST_NAME, true);
+	}
 	dir_remove(directory->u.dir, entry);
 	drop_if_unused(tree, node);
 out:
@@ -1412,8 +1467,10 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 	entry = dir_find(to->u.dir, new_name, new_len);
 	if (entry) {
 		replaced = entry->node;
-		if (replaced)
+		if (replaced) {
 			detach(to, entry);
+			set_flag(replaced, NODE_LOST_NAME, true);
+		}
 		dir_remove(to->u.dir, entry);
 	}
 	/* Entries have moved if it was the same directory. */
@@ -1527,14 +1584,8 @@ ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid)
 	return err;
 }
 
-void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone)
+static void forget(struct ovl_tree *tree, struct node *node, uint64_t nlookup)
 {
-	struct node *node;
-
-	*gone = true;
-	pthread_rwlock_wrlock(&tree->lock);
-	if (find_node(tree, nodeid, &node))
-		goto out;
 	node->nlookup -= nlookup < node->nlookup ? nlookup : node->nlookup;
 	if (node->nlookup == 0 && is_dir(node)) {
 		/* Hold the directory while its names go, each of which could be the last reason to keep it. */
@@ -1545,9 +1596,35 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 		node->nlookup = 0;
 	}
 	drop_if_unused(tree, node);
-	*gone = !table_get(&tree->by_nodeid, nodeid);
-out:
+}
+
+void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone)
+{
+	struct node *node;
+
+	*gone = true;
+	pthread_rwlock_wrlock(&tree->lock);
+	if (find_node(tree, nodeid, &node) == 0) {
+		forget(tree, node, nlookup);
+		*gone = !table_get(&tree->by_nodeid, nodeid);
+	}
 	pthread_rwlock_unlock(&tree->lock);
+}
+
+ovl_err_t ovl_tree_forget_plain(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup)
+{
+	struct node *node;
+	ovl_err_t err = 0;
+
+	pthread_rwlock_wrlock(&tree->lock);
+	if (find_node(tree, nodeid, &node) == 0) {
+		if (node->flags & NODE_LOST_NAME || !is_linked(node))
+			err = OVL_ASK;
+		else
+			forget(tree, node, nlookup);
+	}
+	pthread_rwlock_unlock(&tree->lock);
+	return err;
 }
 
 /* ---- what the reference answered ---------------------------------------------------------------------- */

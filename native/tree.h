@@ -75,8 +75,12 @@ ovl_err_t ovl_tree_add_device(struct ovl_tree *tree, uint64_t device, uint64_t n
 /* -ESTALE: not, or no longer, known.  So do all functions that take a nodeid. */
 ovl_err_t ovl_tree_get(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry *out);
 
-/* `count`: the kernel is told of it (a ref in the same moment).  -ENOTDIR; the layers' errors; OVL_ASK*. */
-ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, bool count,
+/* How to look: a sum of these. */
+#define OVL_COUNT 1u /* the kernel is told of what is given: a ref in the same moment */
+#define OVL_KNOWN 2u /* ask no layer: OVL_ASK (and nothing in `ask`) where one would have to be asked */
+
+/* -ENOTDIR; the layers' errors; OVL_ASK*. */
+ovl_err_t ovl_tree_lookup(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len, unsigned how,
 			  struct ovl_entry *out, struct ovl_ask *ask);
 
 /* Gives up to `most` names with a cookie above `after`, in the order of their cookies, or until `emit` returns false (it
@@ -86,6 +90,15 @@ typedef bool (*ovl_tree_emit)(void *arg, uint64_t cookie, const uint8_t *name, s
 			      const struct ovl_entry *entry);
 ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, size_t most, ovl_tree_emit emit,
 			void *arg, struct ovl_ask *ask);
+ovl_err_t ovl_tree_list_how(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, size_t most, unsigned how,
+			    ovl_tree_emit emit, void *arg, struct ovl_ask *ask);
+
+/* The directory that a directory is in; itself, if it is the root or has no name any more. */
+ovl_err_t ovl_tree_parent(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry *out);
+
+/* The target of a symlink that a tar layer serves: borrowed from the layer, not terminated.  OVL_ASK: another layer's;
+ * -EINVAL: no symlink. */
+ovl_err_t ovl_tree_readlink(struct ovl_tree *tree, uint64_t nodeid, const uint8_t **target, size_t *len);
 
 /* A path from the root, terminated; the caller frees it.  -ENOENT: it has no name any more. */
 ovl_err_t ovl_tree_path(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, size_t *len);
@@ -144,6 +157,9 @@ ovl_err_t ovl_tree_set_attr(struct ovl_tree *tree, uint64_t nodeid, const struct
 ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid);
 /* `*gone`: the inode is known no longer, or never was. */
 void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone);
+/* The same for an inode that never lost a name; OVL_ASK for one that did, of which nothing has changed then: others may
+ * keep something by its nodeid (Stack.orphans, Stack.last_parent) and have to be told when it is gone. */
+ovl_err_t ovl_tree_forget_plain(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup);
 
 /* ---- what the reference answered ---------------------------------------------------------------------- */
 

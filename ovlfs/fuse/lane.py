@@ -2,7 +2,8 @@
 
 The lane (native/lane.h) reads /dev/fuse, gives most requests to pyfuse3 over a socket, and keeps for us what is EXTRA:
 fallocate, lseek, copy_file_range, O_TMPFILE, ioctl, syncfs; SETXATTR, whose flags pyfuse3 keeps to itself; and READ and
-WRITE, whose data would not fit the socket.
+WRITE, whose data would not fit the socket.  Plain READDIR, which pyfuse3 does not bind either, comes here when the lane
+cannot answer it from the live tree.
 `UnboundOperations` are the handlers, beside those of Operations and with the same boundary; `serve_extra` decodes and
 encodes; `open_and_mount` gives the descriptor.
 
@@ -45,6 +46,7 @@ log = logging.getLogger("ovlfs.fuse")
 READ = 15
 WRITE = 16
 SETXATTR = 21
+READDIR = 28
 IOCTL = 39
 FALLOCATE = 43
 LSEEK = 46
@@ -55,6 +57,8 @@ COPY_FILE_RANGE_64 = 53
 
 MAX_WRITE_BYTES = 1 << 20
 """Of one READ or WRITE; the kernel takes no more than fs.fuse.max_pages_limit, 1 MiB by default."""
+
+_READDIR_BYTES = 1 << 16
 
 _LONG_BYTES = 1 << 20
 """A longer fallocate is done in a thread, so that others need not wait for the disk."""
@@ -111,14 +115,15 @@ class UnboundOperations(Operations):
         self: Operations, parent_nodeid: int, flags: int, mode: int, umask: int, uid: int, gid: int
     ) -> tuple[int, Attr, int]:
         """FUSE_TMPFILE: (nodeid, which counts as one lookup; attributes; fh).  Errors: as dir.create_nameless()."""
-        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, umask=umask)
+        owner = self._ids.users.stored(uid), self._ids.groups.stored(gid)
+        new = NewObject(stat.S_IFREG | stat.S_IMODE(mode), *owner, umask=umask)
         inode = directory_ops.create_nameless(self._stack, self._get(parent_nodeid), new)
         try:
             opened = self._open(inode, flags & ~(os.O_EXCL | os.O_CREAT | os.O_TMPFILE))
         except BaseException:
             self._stack.forget(inode.nodeid, 1)
             raise
-        return inode.nodeid, inode.attr, opened.fh
+        return inode.nodeid, self._shown(inode.attr), opened.fh
 
     @_handler
     async def setxattr_with_flags(self: Operations, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
@@ -127,6 +132,27 @@ class UnboundOperations(Operations):
         async with self._locks.holding(target.nodeid):
             await self._bring_data(target, wanted=copy_up.need_data(self._stack, target))
             xattr.set_(self._stack, target, name, value, flags)
+
+    @_handler
+    async def readdir_plain(self: Operations, nodeid: int, offset: int, size: int) -> bytes:
+        """FUSE_READDIR: struct fuse_dirent one after the other, as many as fit; as readdir, but nothing is counted."""
+        directory = self._get(nodeid)
+        reply = bytearray()
+        dots = ((1, b".", directory.nodeid), (2, b"..", self._parent_of(directory)))
+        for cookie, name, child in (
+            *(dot for dot in dots if offset < dot[0]),
+            *(
+                (cookie + 2, name, child)
+                for cookie, name, child in self._tree.list(directory.nodeid, offset - 2, size // 24)
+            ),
+        ):
+            inode = self._tree.get(child)
+            entry = _DIRENT.pack(inode.ino, cookie, len(name), stat.S_IFMT(inode.attr.mode) >> 12) + name
+            entry += bytes(-len(entry) % 8)
+            if len(reply) + len(entry) > size:
+                break
+            reply += entry
+        return bytes(reply)
 
     @_handler
     async def ioctl(self: Operations, nodeid: int, command: int) -> None:  # noqa: ARG002
@@ -167,6 +193,7 @@ _CREATE = struct.Struct("=IIII")  # flags, mode, umask, open_flags; a name follo
 _IOCTL = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 _WROTE = struct.Struct("=II")  # size, padding
 _NUMBER = struct.Struct("=Q")
+_DIRENT = struct.Struct("=QQII")  # ino, offset of the next, length of the name, type; the name follows, padded to 8
 _ENTRY = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds
 _ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 _OPENED = struct.Struct("=QIi")  # fh, open_flags, backing_id
@@ -236,6 +263,11 @@ async def _tmpfile(operations: UnboundOperations, request: Request) -> bytes:
     )
 
 
+async def _readdir(operations: UnboundOperations, request: Request) -> bytes:
+    _, offset, size, *_ = _READ.unpack_from(request.body)
+    return await operations.readdir_plain(request.nodeid, offset, min(size, _READDIR_BYTES))
+
+
 async def _ioctl(operations: UnboundOperations, request: Request) -> bytes:
     _, _, command, *_ = _IOCTL.unpack_from(request.body)
     await operations.ioctl(request.nodeid, command)
@@ -251,6 +283,7 @@ _HANDLERS: dict[int, Callable[[UnboundOperations, Request], Coroutine[Any, Any, 
     READ: _read,
     WRITE: _write,
     SETXATTR: _setxattr,
+    READDIR: _readdir,
     IOCTL: _ioctl,
     FALLOCATE: _fallocate,
     LSEEK: _lseek,
@@ -384,6 +417,8 @@ _FLAG_WORDS: dict[str, tuple[int, int]] = {
     "lazytime": (_MS_LAZYTIME, 0),
     "nolazytime": (0, _MS_LAZYTIME),
 }
+_PASSED_ON = frozenset(("context", "fscontext", "defcontext", "rootcontext", "max_read"))
+"""Words with a value that the kernel takes as they are (SELinux's, and fs/fuse/inode.c: fuse_fs_parameters)."""
 _CAP_SYS_ADMIN = 21
 _UNPRIVILEGED = frozenset((errno.EPERM, errno.EACCES))
 
@@ -427,7 +462,13 @@ def _may_mount() -> bool:
 def _mount_directly(request: MountRequest) -> int | None:
     """mount(2).  None: it is not allowed here, though we have the capability (another user namespace's mount)."""
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME
+    passed_on: list[str] = []
     for word in (*request.flags, *(("ro",) if request.read_only else ())):
+        name, _, value = word.partition("=")
+        if name in _PASSED_ON:
+            value = value.replace("\\,", ",")
+            passed_on.append(f'{name}="{value}"' if "," in value else word)  # as security_sb_eat_lsm_opts() reads it
+            continue
         if word not in _FLAG_WORDS:
             raise MountError(f"mount option {printable(word)} is not known")
         flags = (flags & ~_FLAG_WORDS[word][1]) | _FLAG_WORDS[word][0]
@@ -438,6 +479,7 @@ def _mount_directly(request: MountRequest) -> int | None:
     words = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
     if request.allow_other:
         words += ",allow_other"
+    words = ",".join([words, *passed_on])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
     source = os.fsencode(request.source)

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
-from ovlfs._native import Lane
+from ovlfs._native import Lane, Tree
 from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
 from ovlfs.fuse.lane import MAX_WRITE_BYTES, ExtraServer, MountRequest, UnboundOperations, open_and_mount
-from ovlfs.fuse.operations import Operations
+from ovlfs.fuse.operations import Operations, requests
 from ovlfs.overlay.stack import Stack
 
 log = logging.getLogger("ovlfs.fuse")
@@ -111,7 +111,7 @@ def _serve_by_lane(
         os.close(device)
         raise
     with for_session:
-        native = Lane(device, for_lane.detach(), max_write=MAX_WRITE_BYTES)
+        native = Lane(device, for_lane.detach(), max_write=MAX_WRITE_BYTES, tree=_tree_for_lane(stack, operations))
         cleanup.callback(native.close)
         for_session.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # replies; the lane sizes its own end
         # libfuse takes an open descriptor by this name, and closes it.
@@ -122,6 +122,17 @@ def _serve_by_lane(
     trio.run(_run, mountpoint, ready, ExtraServer(native, operations), restrict_keyboard_interrupt_to_checkpoints=True)
     if native.end_reason:
         raise MountError(f"/dev/fuse: {os.strerror(native.end_reason)}")
+
+
+def _tree_for_lane(stack: Stack, operations: Operations) -> Tree | None:
+    """The live tree, if it is the one in C and shows what is to be shown; None: every request passes Python.
+
+    With --debug each is logged there; with mapped ids the tree's owners are not those to show.
+    """
+    tree: object = stack.tree
+    if requests.isEnabledFor(logging.DEBUG) or not operations.shows_ids_as_stored:
+        return None
+    return tree if isinstance(tree, Tree) else None
 
 
 def _unmount_rest(mountpoint: bytes, ours: mounting.MountEntry | None) -> None:

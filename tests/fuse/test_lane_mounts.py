@@ -330,7 +330,7 @@ def test_tmpfile_is_a_file_without_a_name(serving: Serve) -> None:
         assert list(served.mnt.iterdir()) == []
     finally:
         os.close(fd)
-    assert list((served.base / "work" / "work").iterdir()) == []
+    assert {path.name for path in (served.base / "work" / "work").iterdir()} <= {"#whiteout"}
     assert list((served.base / "upper").iterdir()) == []
 
 
@@ -529,7 +529,7 @@ def test_killed_daemon_leaves_no_process_hanging(serving: Serve) -> None:
     load.end()
 
     with pytest.raises(OSError, match=r"not connected|abort"):
-        served.mnt.stat()
+        os.statvfs(served.mnt)  # nothing that the kernel has in its caches
 
 
 @pytest.mark.root

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ovlfs._native import Lane
+from ovlfs._native import Lane, Tree
 
 IN = struct.Struct("=IIQQIIIHH")
 OUT = struct.Struct("=IiQ")
@@ -57,7 +57,7 @@ def is_readable(fd: int, wait_s: float = WAIT_S) -> bool:
 
 
 @contextlib.contextmanager
-def laned(*, start: bool = True, **limits: int) -> Iterator[Bench]:
+def laned(*, start: bool = True, tree: Tree | None = None, **limits: int) -> Iterator[Bench]:
     device, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with kernel, session:
@@ -65,7 +65,7 @@ def laned(*, start: bool = True, **limits: int) -> Iterator[Bench]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
             sock.settimeout(WAIT_S)
         session.settimeout(WAIT_S)
-        lane = Lane(device.detach(), ours.detach(), **limits)
+        lane = Lane(device.detach(), ours.detach(), tree=tree, **limits)
         try:
             if start:
                 lane.start()
