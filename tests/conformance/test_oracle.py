@@ -21,7 +21,7 @@ def oracle(base: Path, *args: str) -> None:
         sys.executable,
         str(ORACLE),
         "--ref=kernel-full",
-        f"--peer={OVLFS} mount -o lowerdir={{lower}},upperdir={{upper}},workdir={{work}} {{mnt}}",
+        f"--peer={OVLFS} mount -o dev,suid,lowerdir={{lower}},upperdir={{upper}},workdir={{work}} {{mnt}}",
         f"--umount={OVLFS} umount {{mnt}}",
         f"--base={base}",
         *args,
