@@ -31,8 +31,8 @@ def test_copy_up_below_600_directories(scratch: Path) -> None:
         )
     )
     inode = stack.tree.get(ROOT_NODEID)
-    for name in [b"d"] * DEPTH + [b"file"]:
-        inode = namei.get(stack, inode, name)
+    for part in [b"d"] * DEPTH + [b"file"]:
+        inode = namei.get(stack, inode, part)
 
     copy_up.metadata(stack, inode)
 
