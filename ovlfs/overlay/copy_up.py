@@ -95,8 +95,11 @@ def _need_name(stack: Stack, inode: Inode) -> None:
     parent_gone = False
     parent = stack.last_parent.get(inode.nodeid)
     if parent is not None:
-        with suppress(OSError):  # ESTALE: the directory was forgotten
+        try:
             parent_gone = parent.upper and not parent.is_linked
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # the kernel has forgotten the directory: what it was is not known any more
+                raise
     if inode.is_dir:
         code = errno.EIO if parent_gone else errno.ENOTDIR
     else:

@@ -162,6 +162,7 @@ class Upper:
             if error.errno in _NO_DEVICE:
                 return False
             raise
+        os.unlink(_WHITEOUT, dir_fd=self.work_fd)
         return True
 
     def _make_whiteout(self, temp: Name, parent: bytes) -> None:
