@@ -69,5 +69,10 @@ def chain_ids(diff_ids: Iterable[DiffId]) -> list[ChainId]:
     """The ChainID of each layer: the first is its DiffID, each next one hashes `below + " " + diff_id`."""
     chain: list[ChainId] = []
     for diff_id in diff_ids:
-        chain.append(ChainId(sha256(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id))
+        chain.append(next_chain_id(chain[-1] if chain else None, diff_id))
     return chain
+
+
+def next_chain_id(below: ChainId | None, diff_id: DiffId) -> ChainId:
+    """The ChainID of a layer that is put on top of `below`."""
+    return ChainId(diff_id if below is None else sha256(f"{below} {diff_id}".encode()))

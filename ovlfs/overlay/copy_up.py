@@ -33,7 +33,7 @@ from ovlfs.ids import ROOT_NODEID, Name
 from ovlfs.layer import origin, sys
 from ovlfs.layer.base import Attr, Extent, Layer, Ref
 from ovlfs.layer.directory import DirLayer, getxattr
-from ovlfs.layer.merge import Source
+from ovlfs.layer.merge import Layers, Source
 from ovlfs.layer.tar import TarLayer
 from ovlfs.layer.tree import Inode
 from ovlfs.overlay import namei
@@ -268,7 +268,12 @@ def data_source(stack: Stack, inode: Inode) -> tuple[Layer, Source]:
 def data_of(stack: Stack, inode: Inode) -> tuple[int, list[Extent]]:
     """(a new descriptor, extents) of a file's lower data, holes left out."""
     layer, source = data_source(stack, inode)
-    fd, extents = layer.extents(source.ref)
+    return extents_of(layer, source.ref)
+
+
+def extents_of(layer: Layer, ref: Ref) -> tuple[int, list[Extent]]:
+    """(a new descriptor, extents) of a layer's file, holes left out."""
+    fd, extents = layer.extents(ref)
     if isinstance(layer, DirLayer):
         try:
             extents = _without_holes(fd, os.fstat(fd).st_size)
@@ -432,7 +437,7 @@ class _Copy:
         """Look up every path that the lower inode has in the layers, so that the tree knows all its names."""
         if self.inode.is_dir:
             return
-        paths = self._lower_paths()
+        paths = lower_paths(self.stack.layers, *metadata_source(self.stack, self.inode))
         if len(paths) == 1:
             return
         for path in paths:
@@ -444,18 +449,6 @@ class _Copy:
                 for now, before in moved:
                     if path.startswith(before + b"/"):
                         namei.walk(self.stack, now + path[len(before) :])
-
-    def _lower_paths(self) -> list[bytes]:
-        """All paths of the lower inode: those in its own layer, and hard links to them in tar layers above it."""
-        layer, ref = metadata_source(self.stack, self.inode)
-        paths = list(layer.links(ref))
-        known = set(paths)
-        for above in reversed(self.stack.layers[1 : self.stack.layers.index(layer)]):
-            if isinstance(above, TarLayer):
-                more = [path for path, target in above.links_below() if target in known and path not in known]
-                paths += more
-                known.update(more)
-        return paths
 
     def _place(self, temp: Name, names: list[tuple[Inode, Name]]) -> None:
         """Move the object to its first name and link it to the others; the parents keep their times.
@@ -486,6 +479,18 @@ class _Copy:
         fd = sys.open_beneath(self.upper.work_fd, temp, os.O_PATH | os.O_NOFOLLOW)
         self.upper.discard(temp)
         self.stack.orphans[self.inode.nodeid] = fd
+
+
+def lower_paths(layers: Layers, layer: Layer, ref: Ref) -> list[bytes]:
+    """All paths of a lower inode: those in its own layer, and hard links to them in tar layers above it."""
+    paths = list(layer.links(ref))
+    known = set(paths)
+    for above in reversed(layers[1 : layers.index(layer)]):
+        if isinstance(above, TarLayer):
+            more = [path for path, target in above.links_below() if target in known and path not in known]
+            paths += more
+            known.update(more)
+    return paths
 
 
 @contextmanager
