@@ -22,6 +22,8 @@ _VERBS = {
     "mount": "mount an image, or directories, on a directory",
     "umount": "unmount, and wait until every change is on disk",
     "mounts": "list what is mounted",
+    "diff": "list what was changed in a mount, or between two images",
+    "commit": "write what was changed in a mount as a layer of a new image",
     "inspect": "show what an image consists of",
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",
@@ -29,7 +31,7 @@ _VERBS = {
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}
 _HELP = frozenset(("-h", "--help", "help"))
-_PRINTING = frozenset(("mounts", "inspect", "ls", "cat", "version"))
+_PRINTING = frozenset(("mounts", "diff", "inspect", "ls", "cat", "version"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ import os
 from ovlfs.cli import start
 from ovlfs.cli.main import Parser
 from ovlfs.errors import UsageError
-from ovlfs.overlay.params import MountFlags, parse_mount_options
+from ovlfs.overlay.params import parse_mount_options
 
 _DESCRIPTION = """\
 Mounts a container image (a docker or OCI archive, an OCI layout, a root file system in a tar or a directory) or a
@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
         )
         if wanted
     ]
+    words += [f"platform={args.platform}"] if args.platform else []  # the registry shall know it
     options = ",".join(words)
-    params, flags = parse_mount_options(options, flags=MountFlags(platform=args.platform))
+    params, flags = parse_mount_options(options)
     start.say(
         start.mount(
             start.Request(

@@ -247,6 +247,7 @@ class _Work:
             work=None if place is None else os.fsdecode(place.workdir),
             ephemeral=request.flags.ephemeral,
             log=None if job.log is None else os.fsdecode(job.log),
+            directory=request.directory,
         )
 
 
@@ -259,7 +260,7 @@ def _take_over(served: "Stack", image: "Image", place: uppers.Place) -> None:
     from ovlfs.ids import ROOT_NODEID  # noqa: PLC0415
     from ovlfs.overlay import attr  # noqa: PLC0415
 
-    identity = image.layers[-1].chain_id if image.layers else f"directory {printable(os.path.realpath(image.path))}"
+    identity = uppers.identity_of(image)
     lowers = [layer for layer in served.layers[1:] if layer is not None]
     if uppers.check_note(place, identity) and lowers:
         looks = next((layer for layer in lowers if not _root_is_implied(layer)), lowers[0])
@@ -272,7 +273,7 @@ def _take_over(served: "Stack", image: "Image", place: uppers.Place) -> None:
             mtime_ns=found.mtime_ns,
         )
         attr.set_(served, served.tree.get(ROOT_NODEID), change)
-    uppers.write_note(place, os.fsdecode(image.path), identity)
+    uppers.write_note(place, os.fsdecode(os.path.abspath(image.path)), identity)
 
 
 def _root_is_implied(layer: "Layer") -> bool:

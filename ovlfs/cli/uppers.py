@@ -26,8 +26,12 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ovlfs.errors import MountError, printable
+
+if TYPE_CHECKING:
+    from ovlfs.image.image import Image
 
 log = logging.getLogger("ovlfs.uppers")
 
@@ -186,6 +190,37 @@ def check_note(place: Place, identity: str) -> bool:
             "choose another --upper, or remove them"
         )
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Over which image the changes in an upperdir were made: its file, and the identity of what was in it then."""
+
+    image: str
+    identity: str
+
+
+def identity_of(image: "Image") -> str:
+    """What a note remembers of an image: not its place or name, but what is in it."""
+    if image.layers:
+        return image.layers[-1].chain_id
+    return f"directory {printable(os.path.realpath(image.path))}"
+
+
+def note_of(upperdir: bytes) -> Note | None:
+    """The note about an upperdir, where one was written (see `noted`, `kept_for`)."""
+    path = os.path.realpath(upperdir)
+    places = [path + b".image.json"]
+    if os.path.basename(path) == b"upper":
+        places.append(os.path.join(os.path.dirname(path), b"image.json"))
+    for place in places:
+        found = _read_note(place)
+        if found is not None:
+            image, identity = found.get("image"), found.get("identity")
+            if not isinstance(image, str) or not isinstance(identity, str):
+                raise MountError(f"{printable(place)}: should name an image and its identity")
+            return Note(image, identity)
+    return None
 
 
 def _read_note(path: bytes) -> dict[str, object] | None:

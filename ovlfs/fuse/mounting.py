@@ -138,6 +138,7 @@ class Record:
         device: the mount's `major:minor`, "" until it is mounted.
         since: when it was mounted, in seconds since the epoch.
         failed: why what was changed could not be put on disk at the end, "" otherwise.
+        directory: where the command was given: relative paths in `options` start there.
     """
 
     pid: int
@@ -154,6 +155,7 @@ class Record:
     pid_namespace: int = field(default_factory=_pid_namespace)
     mount_namespace: int = field(default_factory=_mount_namespace)
     failed: str = ""
+    directory: str = "/"
 
     @property
     def alive(self) -> bool:
@@ -253,7 +255,7 @@ def _read_record(path: bytes, uid: int) -> Record | None:
         except (ValueError, TypeError):
             return None
     numbers = (record.pid, record.started, record.pid_namespace, record.mount_namespace)
-    texts = (record.mountpoint, record.source, record.device, record.failed)
+    texts = (record.mountpoint, record.source, record.device, record.failed, record.directory)
     if not all(type(number) is int for number in numbers) or not all(type(text) is str for text in texts):
         return None
     return record

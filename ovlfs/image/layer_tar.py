@@ -265,7 +265,7 @@ def _pax_header(records: dict[bytes, bytes], name: bytes) -> bytes:
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """`LENGTH key=value\\n`; the length counts its own digits."""
+    """`LENGTH key=value` and a newline; the length counts its own digits."""
     rest = b" %s=%s\n" % (key, value)
     length = len(rest) + 1
     while len(str(length)) + len(rest) != length:

@@ -94,14 +94,7 @@ def compare(now: Layers, before: Layers, *, as_layer: bool = False) -> Iterator[
         OSError: EUCLEAN, EIO and others, of damaged layers.
     """
     comparison = _Comparison(now, before, as_layer=as_layer)
-    todo = [
-        _Pair(
-            b"",
-            merge.root(now),
-            merge.root(before) if any(layer is not None for layer in before) else None,
-            covered=False,
-        )
-    ]
+    todo = [_Pair(b"", root(now), root(before), covered=False)]
     while todo:
         pair = todo.pop()
         change = comparison.judge(pair)
@@ -231,15 +224,34 @@ class _Comparison:
         return not _equal(_pieces(self.now, *now), _pieces(self.before, *before))
 
 
+def content_bytes(layers: Layers, found: Found | None) -> int:
+    """How many bytes the regular files at a path and below it have; names of one file count once each."""
+    total = 0
+    todo = [found]
+    while todo:
+        at = todo.pop()
+        if at is None:
+            continue
+        if at.is_dir:
+            todo += [merge.lookup(layers, at.sources, name) for name in merge.names(layers, at.sources)]
+        else:
+            attr = attr_of(layers, at)
+            total += attr.size if stat.S_ISREG(attr.mode) else 0
+    return total
+
+
 # ---- what a tree says about one path ---------------------------------------------------------------------------------
+
+
+def root(layers: Layers) -> Found | None:
+    """The root directory; None of a stack that has no layer to be listed."""
+    return merge.root(layers) if merge.roots(layers, 0) else None
 
 
 def resolve(layers: Layers, path: bytes) -> Found | None:
     """What a path (symlinks not followed) is in a tree."""
-    if all(layer is None for layer in layers):
-        return None
-    root = merge.root(layers)
-    return merge.resolve(layers, root.sources, path) if path else root
+    found = root(layers)
+    return found if found is None or not path else merge.resolve(layers, found.sources, path)
 
 
 def attr_of(layers: Layers, found: Found) -> Attr:

@@ -15,7 +15,7 @@ Spec: image-spec layer.md.  Docker: moby pkg/archive/archive.go (tarAppender), c
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ovlfs.ids import ChainId
@@ -25,7 +25,7 @@ from ovlfs.image.blob_writer import MEDIA_TYPES, BlobWriter
 from ovlfs.image.digest import next_chain_id
 from ovlfs.image.files import FileIdentity, shown
 from ovlfs.image.image import LayerBlob
-from ovlfs.layer.base import Attr, Extent
+from ovlfs.layer.base import Attr, Extent, Layer, What
 from ovlfs.layer.merge import Found, Layers, Source
 from ovlfs.overlay import changes
 from ovlfs.overlay.copy_up import lower_paths
@@ -261,3 +261,42 @@ def _read_range(fd: int, extents: list[Extent], offset: int, length: int, path: 
             yield from changes.read_extent(fd, part, path)
             at = stop
     yield from changes.zeros(end - at)
+
+
+def write_directories(
+    directory: bytes, lowers: Sequence[Layer], *, compression: str = "none", epoch: int | None = None
+) -> list[LayerBlob]:
+    """Write directories that are stacked (top first) as the layers of an image, bottom first, into `directory`."""
+    layers: list[LayerBlob] = []
+    for number in reversed(range(len(lowers))):
+        if lowers[number].data_only:
+            continue  # only the data of files above it
+        exported = write_layer(
+            os.path.join(directory, b"lower%d" % number),
+            [None, *lowers[number:]],
+            [None, *lowers[number + 1 :]],
+            below=layers[-1].chain_id if layers else None,
+            compression=compression,
+            epoch=epoch,
+        )
+        layers.append(exported.layer)
+    return layers
+
+
+def check_whiteout_names(blobs: Sequence[LayerBlob], layers: Sequence[Layer]) -> None:
+    """Raise LayerError for a root file system that has a `.wh.` name: as an image's layer it would mean a deletion.
+
+    Args:
+        blobs: bottom first.
+        layers: the same, top first.
+    """
+    for blob, layer in zip(blobs, reversed(layers), strict=True):
+        todo = [] if blob.whiteouts else [(b"", layer.root)]
+        while todo:
+            path, directory = todo.pop()
+            for name, what in layer.list(directory):
+                layer_tar.check_path(path + name)
+                if what is What.DIRECTORY:
+                    entry = layer.lookup(directory, name)
+                    assert entry is not None
+                    todo.append((path + name + b"/", entry.ref))
