@@ -57,6 +57,11 @@ def parser() -> Parser:
         choices=_COMPRESSIONS,
         help="the new layer (default: none in a docker-archive, as docker save; gzip otherwise)",
     )
+    found.add_argument(
+        "--sparse",
+        action="store_true",
+        help="keep the holes of sparse files (GNU.sparse); docker loads such a layer, but cannot save or push it again",
+    )
     found.add_argument("--source-date-epoch", metavar="SECONDS", help="the time of making; no file is newer")
     found.add_argument(
         "--image", metavar="IMAGE[:TAG]", help="the image below UPPER, where it is not known or was moved"
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     new_config.timestamp(epoch)
     compression = args.compress or ("none" if output.format is Format.DOCKER_ARCHIVE else "gzip")
     with changed.opened(changed.find(args.place, args.image), args.platform) as found, _temp(output) as temp:
-        layers, exported = _layers(found, os.fsencode(temp), compression, epoch)
+        layers, exported = _layers(args, found, os.fsencode(temp), compression, epoch)
         written = _write(args, found, output, layers, exported, epoch)
     _report(output, layers, exported, written)
     return 0
@@ -102,7 +107,7 @@ def _temp(output: "Output") -> "tempfile.TemporaryDirectory[str]":
 
 
 def _layers(
-    found: "Changed", temp: bytes, compression: str, epoch: int | None
+    args: argparse.Namespace, found: "Changed", temp: bytes, compression: str, epoch: int | None
 ) -> "tuple[list[LayerBlob], Exported | None]":
     """All layers of the new image, bottom first; and the new one, None if nothing was changed."""
     from ovlfs.overlay import layer_export  # noqa: PLC0415
@@ -112,7 +117,9 @@ def _layers(
         layers += found.image.layers
         layer_export.check_whiteout_names(found.image.layers, found.lowers)
     else:
-        layers += layer_export.write_directories(temp, found.lowers, compression=compression, epoch=epoch)
+        layers += layer_export.write_directories(
+            temp, found.lowers, compression=compression, epoch=epoch, sparse=args.sparse
+        )
     exported = layer_export.write_layer(
         os.path.join(temp, b"new"),
         found.now,
@@ -120,6 +127,7 @@ def _layers(
         below=layers[-1].chain_id if layers else None,
         compression=compression,
         epoch=epoch,
+        sparse=args.sparse,
     )
     if exported.entries == 0:
         return layers, None

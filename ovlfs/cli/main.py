@@ -24,6 +24,7 @@ _VERBS = {
     "mounts": "list what is mounted",
     "diff": "list what was changed in a mount, or between two images",
     "commit": "write what was changed in a mount as a layer of a new image",
+    "fsck": "check an upperdir, and repair it",
     "inspect": "show what an image consists of",
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",

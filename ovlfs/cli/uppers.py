@@ -83,6 +83,13 @@ def kept_for(store: bytes, image: bytes, choice: str) -> Place:
     return Place(*_make_pair(place), note=place + b"/image.json")
 
 
+def workdir_of(upperdir: bytes) -> bytes:
+    """The workdir that `chosen` or `kept_for` gives an upperdir."""
+    directory, name = os.path.split(os.path.realpath(upperdir))
+    beside = os.path.join(directory, b"work")
+    return beside if name == b"upper" and os.path.isdir(beside) else os.path.join(directory, name + b".work")
+
+
 def _make_private(*paths: bytes) -> None:
     for path in paths:
         with contextlib.suppress(FileExistsError):

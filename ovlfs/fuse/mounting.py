@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from ovlfs.errors import MountError, printable
+from ovlfs.overlay.params import split_words, unescape
 
 FSTYPE = b"fuse.ovlfs"
 
@@ -331,6 +332,19 @@ def mounts() -> list[Mounted]:
         for entry in mount_table()
         if entry.fstype == FSTYPE
     ]
+
+
+def kernel_overlay_of(upperdir: bytes) -> bytes | None:
+    """Where the kernel's overlayfs has `upperdir` mounted in this namespace; None: nowhere."""
+    for entry in mount_table():
+        if entry.fstype != b"overlay":
+            continue
+        for word in split_words(os.fsdecode(_unescape(os.fsencode(entry.options)))):
+            name, _, value = word.partition("=")
+            with contextlib.suppress(OSError):  # a path of another namespace
+                if name == "upperdir" and os.path.samefile(os.fsencode(unescape(value)), upperdir):
+                    return entry.mountpoint
+    return None
 
 
 # ---- mountpoints -----------------------------------------------------------------------------------------------------

@@ -461,7 +461,7 @@ class _Copy:
                 path = self.stack.upper_path(directory.nodeid)
                 with self.stack.object(directory) as parent_path:
                     self._set_own(parent_path, b"impure", b"y")
-                    with _times_kept(parent_path):
+                    with times_kept(parent_path):
                         if not placed:
                             self.upper.place(temp, path, name)
                         else:
@@ -470,7 +470,7 @@ class _Copy:
                         placed.append((directory, name))
         except BaseException:
             for directory, name in placed:
-                with suppress(OSError), self.stack.object(directory) as parent_path, _times_kept(parent_path):
+                with suppress(OSError), self.stack.object(directory) as parent_path, times_kept(parent_path):
                     self.upper.take_away(self.stack.upper_path(directory.nodeid), name)
             raise
 
@@ -494,7 +494,7 @@ def lower_paths(layers: Layers, layer: Layer, ref: Ref) -> list[bytes]:
 
 
 @contextmanager
-def _times_kept(path: bytes) -> Iterator[None]:
+def times_kept(path: bytes) -> Iterator[None]:
     """Give the directory its times again after the block, if that can be done."""
     before = os.stat(path)
     yield

@@ -58,6 +58,7 @@ def write_layer(
     below: ChainId | None,
     compression: str = "none",
     epoch: int | None = None,
+    sparse: bool = False,
     created_by: str = "",
 ) -> Exported:
     """Write the layer that turns the tree of `before` into that of `now` into the new file `path`.
@@ -73,6 +74,8 @@ def write_layer(
         below: the chain_id of the topmost layer below; None for a first layer.
         compression: one of blob_writer.COMPRESSIONS.
         epoch: no time in the layer is later than this many seconds since 1970 (SOURCE_DATE_EPOCH).
+        sparse: write holes as holes (GNU.sparse 1.0), not as zeros.  Everything unpacks it; but docker and containerd
+            cannot put a layer that has them together again, so what docker loads it cannot save or push.
         created_by: for the LayerBlob.
 
     Raises:
@@ -81,7 +84,7 @@ def write_layer(
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        content = entries(now, before, epoch=epoch)
+        content = entries(now, before, epoch=epoch, sparse=sparse)
         writer = BlobWriter(fd, compression)
         layer_tar.write(content.entries, writer.write)
         writer.finish()
@@ -111,9 +114,9 @@ class Content:
     skipped: list[bytes]
 
 
-def entries(now: Layers, before: Layers, *, epoch: int | None = None) -> Content:
+def entries(now: Layers, before: Layers, *, epoch: int | None = None, sparse: bool = False) -> Content:
     """The entries of the layer that turns the tree of `before` into that of `now`.  Raises as write_layer()."""
-    return _Export(now, before, None if epoch is None else epoch * _NANO).content()
+    return _Export(now, before, None if epoch is None else epoch * _NANO, sparse=sparse).content()
 
 
 _Key = tuple[int, int]
@@ -123,7 +126,8 @@ _Key = tuple[int, int]
 class _Export:
     """One export: first which paths are stored, then as what."""
 
-    def __init__(self, now: Layers, before: Layers, latest_ns: int | None) -> None:
+    def __init__(self, now: Layers, before: Layers, latest_ns: int | None, *, sparse: bool) -> None:
+        self.sparse = sparse
         self.now = now
         self.before = before
         self.latest_ns = latest_ns
@@ -229,9 +233,11 @@ class _Export:
 
     def _content(self, path: bytes, found: Found, size: int) -> layer_tar.Content:
         """Opened only when it is read, one file at a time; where the holes are is asked now."""
-        fd, extents = changes.data_of(self.now, found, size)
-        os.close(fd)
-        ranges = tuple((extent.logical, extent.length) for extent in extents)
+        ranges: tuple[layer_tar.Range, ...] = ((0, size),)
+        if self.sparse:
+            fd, extents = changes.data_of(self.now, found, size)
+            os.close(fd)
+            ranges = tuple((extent.logical, extent.length) for extent in extents)
 
         def read(offset: int, length: int) -> Iterator[bytes]:
             source_fd, again = changes.data_of(self.now, found, size)
@@ -264,7 +270,12 @@ def _read_range(fd: int, extents: list[Extent], offset: int, length: int, path: 
 
 
 def write_directories(
-    directory: bytes, lowers: Sequence[Layer], *, compression: str = "none", epoch: int | None = None
+    directory: bytes,
+    lowers: Sequence[Layer],
+    *,
+    compression: str = "none",
+    epoch: int | None = None,
+    sparse: bool = False,
 ) -> list[LayerBlob]:
     """Write directories that are stacked (top first) as the layers of an image, bottom first, into `directory`."""
     layers: list[LayerBlob] = []
@@ -278,6 +289,7 @@ def write_directories(
             below=layers[-1].chain_id if layers else None,
             compression=compression,
             epoch=epoch,
+            sparse=sparse,
         )
         layers.append(exported.layer)
     return layers
