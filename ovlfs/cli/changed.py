@@ -227,7 +227,8 @@ def _open_identical(reference: Reference, platform: str, wanted: str | None, sho
         found = open_image(reference, platform=choice, progress=shown, store=store)
     except ImageError as error:  # several images, and the note does not say which
         failure = error
-    if wanted is None or (found is not None and uppers.identity_of(found) == wanted):
+    chosen = (reference.tag, reference.index, reference.digest) != (None, None, None)
+    if chosen or wanted is None or (found is not None and uppers.identity_of(found) == wanted):
         if found is None:
             assert failure is not None
             raise failure

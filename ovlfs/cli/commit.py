@@ -55,7 +55,8 @@ def parser() -> Parser:
     found.add_argument(
         "--compress",
         choices=_COMPRESSIONS,
-        help="the new layer (default: none in a docker-archive, as docker save; gzip otherwise)",
+        help="the new layer (default: none in a docker-archive, as docker save has it; gzip otherwise); "
+        "docker 20 does not load zstd",
     )
     found.add_argument(
         "--sparse",

@@ -140,15 +140,26 @@ def write(entries: Iterable[Entry], out: Callable[[bytes], object]) -> None:
 
 
 def _ranges(entry: Entry) -> tuple[Range, ...]:
-    """What of the content is stored: the ranges of a sparse entry, else all of it."""
+    """What of the content is stored: all of it, unless the holes are worth it.
+
+    Ranges are of whole blocks, but for the end of the file: GNU tar begins each with a block of its own, other readers
+    put them together without padding, and so both find the same.
+    """
     assert entry.content is not None
-    return entry.content.ranges if _is_sparse(entry) else ((0, entry.size),)
+    blocks: list[Range] = []
+    for offset, length in entry.content.ranges:
+        start = offset - offset % _BLOCK
+        end = min(entry.size, offset + length + -(offset + length) % _BLOCK)
+        if blocks and start <= sum(blocks[-1]):
+            start = blocks.pop()[0]
+        blocks.append((start, end - start))
+    if entry.size - sum(length for _, length in blocks) < _HOLES_WORTH_BYTES:
+        return ((0, entry.size),)
+    return tuple(blocks)
 
 
 def _is_sparse(entry: Entry) -> bool:
-    if entry.content is None or entry.link_to is not None:
-        return False
-    return entry.size - sum(length for _, length in entry.content.ranges) >= _HOLES_WORTH_BYTES
+    return entry.content is not None and _ranges(entry) != ((0, entry.size),)
 
 
 def _header(entry: Entry) -> bytes:

@@ -177,7 +177,9 @@ def _volume(run: Document, rest: str) -> None:
 
 
 def _workdir(run: Document, rest: str) -> None:
-    run["WorkingDir"] = posixpath.normpath(posixpath.join("/", run.get("WorkingDir") or "/", rest))
+    """An absolute path is taken as it is; a relative one begins where the one before led."""
+    relative = posixpath.normpath(posixpath.join("/", run.get("WorkingDir") or "/", rest))
+    run["WorkingDir"] = rest if rest.startswith("/") else relative
 
 
 def _onbuild(run: Document, rest: str) -> None:

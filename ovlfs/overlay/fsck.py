@@ -136,7 +136,7 @@ class _Check:
             yield from self._whiteout(directory, name, path)
             return
         if name.startswith(WHITEOUT_PREFIX):
-            yield Finding(path, "wh-name", "is an ordinary file here; an OCI layer cannot hold a name like that")
+            yield Finding(path, "wh-name", "is an ordinary file here, and no OCI layer can hold a name like that")
         yield from self._override(path, is_dir=what is What.DIRECTORY)
         if what is What.DIRECTORY:
             yield from self._redirect(directory, name, path)
