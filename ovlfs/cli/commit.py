@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 from typing import TYPE_CHECKING
@@ -77,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
     from ovlfs.image import new_config  # noqa: PLC0415
     from ovlfs.image.commit import Format, parse_output  # noqa: PLC0415
 
+    # Whoever ends it finds what was there before, and no temporary files.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     output = parse_output(args.out, args.format)
     epoch = _epoch(args.source_date_epoch)
     new_config.changed({}, args.change)  # what makes no sense is known before anything is read

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -32,10 +33,18 @@ from ovlfs.image import layer_tar
 from ovlfs.image.blob import sniff
 from ovlfs.image.digest import hasher, sha256, split_digest
 from ovlfs.image.documents import parse_object
-from ovlfs.image.files import FileIdentity, read_exactly, shown
+from ovlfs.image.files import open_file, shown
 from ovlfs.image.form import Form, recognise
 from ovlfs.image.image import LayerBlob
-from ovlfs.image.manifest import CONTAINERD_NAME, MAX_DOCUMENT, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, REF_NAME
+from ovlfs.image.manifest import (
+    CONTAINERD_NAME,
+    MAX_DESCRIPTORS,
+    MAX_DOCUMENT,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    REF_NAME,
+)
 from ovlfs.image.reference import normalise_name
 from ovlfs.image.store import Store, write_all
 
@@ -265,13 +274,13 @@ class _Copier:
 
 
 def _write_archive(path: bytes, copier: _Copier, *, docker: bool) -> None:
-    path = os.path.realpath(path)
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageError(f"{shown(path)}: is there already, and is no regular file")
-    with _temp_file(path) as fd:
-        layer_tar.write(_members(copier, docker=docker), lambda piece: write_all(fd, piece))
-        os.fsync(fd)
+    directory, name = os.path.split(os.path.realpath(path))
+    with _opened(directory) as parent:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(name, dir_fd=parent).st_mode):
+                raise ImageError(f"{shown(path)}: is there already, and is no regular file")
+        with _replacing(parent, name) as fd:
+            layer_tar.write(_members(copier, docker=docker), lambda piece: write_all(fd, piece))
 
 
 def _members(copier: _Copier, *, docker: bool) -> list[layer_tar.Entry]:
@@ -294,41 +303,46 @@ def _file(name: bytes, document: bytes) -> layer_tar.Entry:
 
 def _blob_member(copier: _Copier, digest: Digest) -> layer_tar.Entry:
     def read(offset: int, length: int) -> Iterator[bytes]:
-        assert offset == 0
-        assert length == size
+        assert (offset, length) == (0, size)
         return copier.copy(digest)
 
     size = copier.layers[digest].layer.size
-    return layer_tar.Entry(
-        blob_name(digest), stat.S_IFREG | 0o644, size=size, content=layer_tar.Content(((0, size),), read)
-    )
+    content = layer_tar.Content(((0, size),), read)
+    return layer_tar.Entry(blob_name(digest), stat.S_IFREG | 0o644, size=size, content=content)
 
 
 @contextlib.contextmanager
-def _temp_file(path: bytes) -> Iterator[int]:
-    """A new file beside `path`, which takes its place at the end of the block, or is removed."""
-    directory, name = os.path.split(path)
-    temp = os.path.join(directory, b".%s.%s" % (name[:200], secrets.token_hex(8).encode()))
-    fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _opened(directory: bytes, parent: int | None = None) -> Iterator[int]:
+    """A descriptor of a directory; below `parent` no symlink is one."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(directory, flags if parent is None else flags | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _replacing(directory: int, name: bytes) -> Iterator[int]:
+    """A new file in a directory, which is called `name` and is on disk at the end of the block, or is removed."""
+    temp = _temp_name(name)
+    fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
     try:
         try:
             yield fd
+            os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(temp, path)
+        os.rename(temp, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
+            os.unlink(temp, dir_fd=directory)
         raise
-    _sync_directory(directory)
+    os.fsync(directory)
 
 
-def _sync_directory(path: bytes) -> None:
-    fd = os.open(path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _temp_name(name: bytes) -> bytes:
+    return b".%s.%s" % (name[:200], secrets.token_hex(8).encode())
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -346,35 +360,41 @@ def _write_layout(path: bytes, copier: _Copier) -> None:
         _add_to_layout(path, copier)
         return
     directory, name = os.path.split(path)
-    temp = os.path.join(directory, b".%s.%s" % (name[:200], secrets.token_hex(8).encode()))
+    temp = os.path.join(directory, _temp_name(name))
     os.mkdir(temp, 0o777)
     try:
-        _fill(temp, copier, [])
-        _put(temp, b"oci-layout", _OCI_LAYOUT)
-        _put(temp, b"index.json", copier.image.index())
-        _sync_directory(temp)
+        with _opened(temp) as layout:
+            _add_blobs(layout, copier, [])
+            _put(layout, b"oci-layout", _OCI_LAYOUT)
+            _put(layout, b"index.json", copier.image.index())
         os.rename(temp, path)  # over an empty directory, too
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    _sync_directory(directory)
+    with _opened(directory) as parent:
+        os.fsync(parent)
 
 
 def _add_to_layout(path: bytes, copier: _Copier) -> None:
+    """Add to a layout, which may be a stranger's: nothing in it that is a symlink is followed."""
     if recognise(path, Store).form is not Form.OCI_LAYOUT:
         raise ImageError(f"{shown(path)}: is there already, and is neither empty nor an OCI layout")
-    with _locked(path):
-        with open(os.path.join(path, b"index.json"), "rb") as file:
-            raw = file.read(MAX_DOCUMENT + 1)
-        index = parse_object(raw, f"{shown(path)}: index.json", MAX_DOCUMENT)
-        others = [entry for entry in index.items("manifests", 1 << 16) if isinstance(entry, dict)]
-        added: list[bytes] = []
+    with _opened(path) as layout:
+        # Two commits into one layout come one after the other, or one would lose the other's entry in index.json.
+        fcntl.flock(layout, fcntl.LOCK_EX)
+        where = f"{shown(path)}: index.json"
+        fd = open_file(path, (b"index.json",), where)
+        with open(fd, "rb") as file:
+            index = parse_object(file.read(MAX_DOCUMENT + 1), where, MAX_DOCUMENT)
+        others = [entry for entry in index.items("manifests", MAX_DESCRIPTORS) if isinstance(entry, dict)]
+        added: list[Digest] = []
         try:
-            _fill(path, copier, added)
-            _put(path, b"index.json", copier.image.index([one for one in others if not _is_replaced(one, copier)]))
+            _add_blobs(layout, copier, added)
+            _put(layout, b"index.json", copier.image.index([one for one in others if not _is_replaced(one, copier)]))
         except BaseException:
-            for name in added:
-                os.unlink(os.path.join(path, name))
+            for digest in added:
+                with _blob_directory(layout, digest) as (directory, name):
+                    os.unlink(name, dir_fd=directory)
             raise
 
 
@@ -387,62 +407,61 @@ def _is_replaced(entry: dict[str, Any], copier: _Copier) -> bool:
     return name is None and entry.get("digest") == sha256(copier.image.manifest)
 
 
-@contextlib.contextmanager
-def _locked(directory: bytes) -> Iterator[None]:
-    """Two commits into one layout come one after the other, or one would lose the other's entry in index.json."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _fill(path: bytes, copier: _Copier, added: list[bytes]) -> None:
-    """Put all blobs into a layout; the names of those that were not there go to `added`."""
+def _add_blobs(layout: int, copier: _Copier, added: list[Digest]) -> None:
+    """Put all blobs into a layout; those that were not there go to `added`."""
     for digest, document in copier.image.small.items():
-        _add_blob(path, digest, iter((document,)), added)
+        _add_blob(layout, digest, iter((document,)), added)
     for digest in copier.layers:
-        _add_blob(path, digest, copier.copy(digest), added)
+        _add_blob(layout, digest, copier.copy(digest), added)
 
 
-def _add_blob(path: bytes, digest: Digest, content: Iterator[bytes], added: list[bytes]) -> None:
-    name = blob_name(digest)
-    full = os.path.join(path, name)
-    os.makedirs(os.path.dirname(full), exist_ok=True)
-    if _has(full, digest):
-        return
-    is_new = not os.path.lexists(full)
-    with _temp_file(full) as fd:
-        for chunk in content:
-            write_all(fd, chunk)
-        os.fsync(fd)
+def _add_blob(layout: int, digest: Digest, content: Iterator[bytes], added: list[Digest]) -> None:
+    with _blob_directory(layout, digest) as (directory, name):
+        is_new = not _exists(directory, name)
+        if not is_new and _has(directory, name, digest):
+            return
+        with _replacing(directory, name) as fd:
+            for chunk in content:
+                write_all(fd, chunk)
     if is_new:
-        added.append(name)
+        added.append(digest)
 
 
-def _has(path: bytes, digest: Digest) -> bool:
-    """Whether a blob is there already, undamaged."""
+@contextlib.contextmanager
+def _blob_directory(layout: int, digest: Digest) -> Iterator[tuple[int, bytes]]:
+    """The directory of a blob, made if it is not there, and the blob's name in it."""
+    blobs, algorithm, name = blob_name(digest).split(b"/")
+    with contextlib.ExitStack() as stack:
+        at = layout
+        for part in (blobs, algorithm):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, dir_fd=at)
+            at = stack.enter_context(_opened(part, at))
+        yield at, name
+
+
+def _exists(directory: int, name: bytes) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _has(directory: int, name: bytes, digest: Digest) -> bool:
+    """Whether a blob that is there is undamaged."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return False
+        if error.errno == errno.ELOOP:
+            return False  # a symlink: the blob takes its place
         raise
-    try:
-        size = FileIdentity.of(fd).size
-        computed = hasher(digest)
-        at = 0
-        while at < size and stat.S_ISREG(os.fstat(fd).st_mode):
-            chunk = read_exactly(fd, at, min(1 << 20, size - at), shown(path))
-            computed.update(chunk)
-            at += len(chunk)
-        return computed.hexdigest() == split_digest(digest)[1]
-    finally:
-        os.close(fd)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return False
+        return hashlib.file_digest(file, split_digest(digest)[0]).hexdigest() == split_digest(digest)[1]
 
 
-def _put(path: bytes, name: bytes, document: bytes) -> None:
-    with _temp_file(os.path.join(path, name)) as fd:
+def _put(layout: int, name: bytes, document: bytes) -> None:
+    with _replacing(layout, name) as fd:
         write_all(fd, document)
-        os.fsync(fd)

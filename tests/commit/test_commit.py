@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from helpers_commit import Run, change_everything, check_mounts_as, check_same
 from helpers_images import images
 from helpers_random import populate, random_run, write
 from helpers_tree import look
+from processes import wait_until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -420,3 +423,66 @@ def test_commit_finds_its_image_among_several(ovlfs: Run, mounted: Mount, scratc
     ovlfs("umount", mountpoint)
     ovlfs("commit", scratch / "upper", scratch / "new.tar")
     check_mounts_as(ovlfs, scratch / "new.tar", expected, scratch)
+
+
+def test_commit_follows_no_symlink_in_a_strangers_layout(ovlfs: Run, changed: Path, scratch: Path) -> None:
+    """Neither for its directories nor for its blobs; what a symlink led to stays as it was."""
+    ovlfs("commit", changed, f"{scratch}/layout/:v1", "--source-date-epoch", 4_000_000_000)
+    (scratch / "layout/blobs/sha256").rename(scratch / "outside")
+    (scratch / "layout/blobs/sha256").symlink_to(scratch / "outside")
+    before = sorted(os.listdir(scratch / "outside"))
+    result = ovlfs("commit", changed, f"{scratch}/layout/:v2", code=1)
+    assert result.stderr.count("\n") == 1
+    assert sorted(os.listdir(scratch / "outside")) == before
+    (scratch / "layout/blobs/sha256").unlink()
+    (scratch / "outside").rename(scratch / "layout/blobs/sha256")
+    name = layer_name(scratch / "layout")
+    (scratch / "layout/blobs/sha256" / name).unlink()
+    (scratch / "layout/blobs/sha256" / name).symlink_to(write(scratch / "precious"))
+    ovlfs("commit", changed, f"{scratch}/layout/:v1", "--source-date-epoch", 4_000_000_000)
+    assert (scratch / "precious").read_bytes() == b"lower\n"
+    assert not (scratch / "layout/blobs/sha256" / name).is_symlink()
+    check_mounts_as(ovlfs, f"{scratch}/layout/:v1", look(bytes(changed)), scratch)
+
+
+def layer_name(layout: Path) -> str:
+    """The blob of the topmost layer of the only image in a layout."""
+    blobs = layout / "blobs/sha256"
+    (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
+    manifest = json.loads((blobs / entry["digest"].removeprefix("sha256:")).read_text())
+    digest: str = manifest["layers"][-1]["digest"]
+    return digest.removeprefix("sha256:")
+
+
+def test_commit_repairs_a_damaged_blob_of_a_layout(ovlfs: Run, changed: Path, scratch: Path) -> None:
+    """A blob that is there already is believed by its digest, not by its name."""
+    for _ in range(2):
+        ovlfs("commit", changed, f"{scratch}/layout/:v1", "--source-date-epoch", 4_000_000_000)
+        check_mounts_as(ovlfs, f"{scratch}/layout/:v1", look(bytes(changed)), scratch)
+        (scratch / "layout/blobs/sha256" / layer_name(scratch / "layout")).write_bytes(b"damage")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_commit_that_is_ended_leaves_nothing_behind(mounted: Mount, scratch: Path, number: signal.Signals) -> None:
+    mountpoint = mounted("--ephemeral", images() / IMAGE)
+    with open(mountpoint / "large", "wb") as file:
+        file.truncate(8 << 30)
+    write(scratch / "out/new.tar", b"precious")
+    command = [
+        sys.executable,
+        "-m",
+        "ovlfs.cli.main",
+        "commit",
+        mountpoint,
+        scratch / "out/new.tar",
+        "--compress",
+        "gzip",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(list((scratch / "out").glob(".ovlfs-commit-*/new"))) == 1, "the layer is being written")
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "ovlfs: interrupted\n"
+    assert os.listdir(scratch / "out") == ["new.tar"]
+    assert (scratch / "out/new.tar").read_bytes() == b"precious"
