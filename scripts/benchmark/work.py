@@ -160,7 +160,7 @@ def groups(made: Supplies) -> list[list[Step]]:
         [
             Step(
                 "apt-get install",
-                lambda mnt: chroot(mnt, "sh", "-c", "exec apt-get -qq install -y --no-download --no-install-recommends /tmp/debs/*.deb"),
+                lambda mnt: chroot(mnt, "sh", "-c", "exec apt-get -qq install -y --no-install-recommends /tmp/debs/*.deb"),
                 before=do.bring_debs,
             )
         ],
