@@ -27,7 +27,9 @@ def chosen_peers(args: argparse.Namespace) -> list[peers.Peer]:
         wanted = args.peers.split(",")
         for name in wanted:
             if name not in {peer.name for peer in known}:
-                raise peers.BenchError(f"--peers: there is no {name}; there are {', '.join(peer.name for peer in known)}")
+                raise peers.BenchError(
+                    f"--peers: there is no {name}; there are {', '.join(peer.name for peer in known)}"
+                )
         known = [peer for peer in known if peer.name in wanted]
     found = peers.available(known)
     for peer in known:

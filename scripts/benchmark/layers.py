@@ -1,15 +1,15 @@
-"""Which layers are measured: a Debian with programs in it, split as a Dockerfile would split it; or those of an image.
+"""Which layers are measured: a Debian with programs in it, split as a Dockerfile would split it; or those of an
+image.
 
-Each step of RECIPE is done in a chroot of what the steps before it made, on kernel overlayfs; its upperdir is the layer.  So
-whiteouts, opaque directories and copied-up files are there where a package manager and `rm -rf` leave them.  This needs a
-mirror once; the result is kept in the user's cache directory, and nothing is fetched after that.
+Each step of RECIPE is done in a chroot of what the steps before it made, on kernel overlayfs; its upperdir is the
+layer.  So whiteouts, opaque directories and copied-up files are there where a package manager and `rm -rf` leave
+them.  This needs a mirror once; the result is kept in the user's cache directory, and nothing is fetched after that.
 """
 
 import os
 import random
 import shutil
 import stat
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -18,23 +18,24 @@ from pathlib import Path
 
 from benchmark.peers import BenchError, run
 
-VERSION = "1"
+VERSION = "2"
 """Of what is made here; the cache of another version is not used."""
 
 OPAQUE = "trusted.overlay.opaque"
 _APT = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; apt-get -qq install -y --no-install-recommends"
+_GCC = "/usr/lib/gcc/*/12"
 _CLEAN = "rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin; apt-get clean"
 
 RECIPE: tuple[tuple[str, str], ...] = (
     ("COPY", "etc/app"),
     ("RUN", f"{_APT} ca-certificates git; {_CLEAN}"),
-    ("RUN", f"{_APT} gcc libc6-dev; {_CLEAN}"),
+    ("RUN", f"{_APT} gcc libc6-dev; {_CLEAN}; rm -f {_GCC}/lto1 {_GCC}/lib?san*"),
     ("RUN", f"{_APT} python3; {_CLEAN}"),
     ("COPY", "usr/local/lib/python3.11/site-packages"),
     ("COPY", "opt/app"),
-    ("RUN", "rm -rf /usr/share/doc/*/changelog* /usr/share/man/?? /var/log/*.log; chmod -R g+w /etc/app; sed -i s/a/b/ /etc/motd"),
-    ("RUN", "rm -rf /opt/app/1; cp -r /opt/app/2 /opt/app/1; chown -R 33:33 /opt/app/3; mv /opt/app/4/f4 /opt/app/4/new"),
-)  # fmt: skip
+    ("RUN", "rm -rf /usr/share/doc/*/changelog* /usr/share/man/??; chmod -R g+w /etc/app; chmod 600 /etc/motd"),
+    ("RUN", "rm -rf /opt/app/1; cp -r /opt/app/2 /opt/app/1; chown -R 33 /opt/app/3; mv /opt/app/4/f4 /opt/app/4/new"),
+)
 """Above a minbase, bottom first: RUN a script, or COPY some hundred files to a directory."""
 
 INSTALLED = "vim"
@@ -53,7 +54,13 @@ exec chroot "$4" sh -ec "$5"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Layers to measure.  directories: topmost first; debs: what is to be installed, None: nothing; archive: the same layers."""
+    """Layers to measure.
+
+    Attributes:
+        directories: topmost first.
+        debs: a directory with what is to be installed; None: nothing.
+        archive: a docker-archive of the same layers, if it is to be measured.
+    """
 
     directories: tuple[Path, ...]
     debs: Path | None
@@ -77,8 +84,9 @@ def debian() -> Path:
         made = Path(temporary) / "made"
         made.mkdir()
         run(["debootstrap", "--variant=minbase", "bookworm", made / "layer0"])
-        for deb in (made / "layer0/var/cache/apt/archives").glob("*.deb"):
-            deb.unlink()
+        for left in ("var/cache/apt/archives/*.deb", "var/lib/apt/lists/*_*"):  # as published images do
+            for path in (made / "layer0").glob(left):
+                path.unlink()
         for name in ("work", "mnt"):
             (Path(temporary) / name).mkdir()
         for number, (what, how) in enumerate(RECIPE, 1):
@@ -181,13 +189,16 @@ def write_archive(layers: Sequence[Path], archive: Path) -> None:
         rootfs = {"type": "layers", "diff_ids": diff_ids}
         add("config.json", json.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs}).encode())
         names = [f"layer{number}.tar" for number in range(len(layers))]
-        add("manifest.json", json.dumps([{"Config": "config.json", "RepoTags": ["bench:latest"], "Layers": names}]).encode())
+        add(
+            "manifest.json",
+            json.dumps([{"Config": "config.json", "RepoTags": ["bench:latest"], "Layers": names}]).encode(),
+        )
 
 
 def _add_tree(tar: tarfile.TarFile, layer: Path) -> None:
     for where, names, files in os.walk(layer):
         names.sort()
-        if "y" == _xattr(where):
+        if _xattr(where) == "y":
             tar.addfile(tarfile.TarInfo(os.path.relpath(os.path.join(where, ".wh..wh..opq"), layer)))
         for name in sorted(names + files):
             path = os.path.join(where, name)
@@ -227,6 +238,9 @@ def prepare(directory: Path, image: Path | None, lower: Sequence[Path], *, archi
         # Short names: the kernel takes one page of mount options.
         run(["cp", "-a", source, directory / f"l{number}"])
         names.append(directory / f"l{number}")
+    if debs is not None:
+        run(["cp", "-a", debs, directory / "debs"])
+        debs = directory / "debs"
     if archive and tar is not None:
-        subprocess.run(["cp", tar, directory / "image.tar"], check=True)
+        run(["cp", tar, directory / "image.tar"])
     return Image(tuple(names), debs, directory / "image.tar" if archive else None)

@@ -1,9 +1,9 @@
 """How many FUSE messages does one operation take?
 
-Each operation is done some times on a mount that has seen the directory, and what the kernel sent meanwhile is divided by their
-number.  Counted are the messages that the caller waits for; FORGET, RELEASE and RELEASEDIR are sent without waiting.  That is
-exact and free of noise, other than times.  The kernel counts with the tracepoint fuse:fuse_request_send, for any FUSE file
-system; `ovlfs stats` counts what the daemon got.
+Each operation is done some times on a mount that has seen the directory, and what the kernel sent meanwhile is
+divided by their number.  Counted are the messages that the caller waits for; FORGET, RELEASE and RELEASEDIR are sent
+without waiting.  That is exact and free of noise, other than times.  The kernel counts with the tracepoint
+fuse:fuse_request_send, for any FUSE file system; `ovlfs stats` counts what the daemon got.
 """
 
 import argparse
@@ -21,14 +21,13 @@ from pathlib import Path
 from benchmark import peers
 from benchmark.compare import chosen_peers
 
-OPCODES = dict(
-    enumerate(
-        "- LOOKUP FORGET GETATTR SETATTR READLINK SYMLINK - MKNOD MKDIR UNLINK RMDIR RENAME LINK OPEN READ WRITE STATFS RELEASE - "
-        "FSYNC SETXATTR GETXATTR LISTXATTR REMOVEXATTR FLUSH INIT OPENDIR READDIR RELEASEDIR FSYNCDIR GETLK SETLK SETLKW ACCESS "
-        "CREATE INTERRUPT BMAP DESTROY IOCTL POLL NOTIFY_REPLY BATCH_FORGET FALLOCATE READDIRPLUS RENAME2 LSEEK COPY_FILE_RANGE "
-        "SETUPMAPPING REMOVEMAPPING SYNCFS TMPFILE STATX COPY_FILE_RANGE_64".split()
-    )
-)  # fmt: skip
+_WORDS = """
+- LOOKUP FORGET GETATTR SETATTR READLINK SYMLINK - MKNOD MKDIR UNLINK RMDIR RENAME LINK OPEN READ WRITE STATFS RELEASE
+- FSYNC SETXATTR GETXATTR LISTXATTR REMOVEXATTR FLUSH INIT OPENDIR READDIR RELEASEDIR FSYNCDIR GETLK SETLK SETLKW
+ACCESS CREATE INTERRUPT BMAP DESTROY IOCTL POLL NOTIFY_REPLY BATCH_FORGET FALLOCATE READDIRPLUS RENAME2 LSEEK
+COPY_FILE_RANGE SETUPMAPPING REMOVEMAPPING SYNCFS TMPFILE STATX COPY_FILE_RANGE_64
+"""
+OPCODES = dict(enumerate(_WORDS.split()))
 """include/uapi/linux/fuse.h: enum fuse_opcode."""
 
 NOT_WAITED_FOR = frozenset({"FORGET", "BATCH_FORGET", "RELEASE", "RELEASEDIR", "INTERRUPT", "NOTIFY_REPLY"})
@@ -113,7 +112,9 @@ def stats_counter(mnt: Path) -> Iterator[Count]:
         told = subprocess.run([peers.OVLFS, "stats", "--json", mnt], capture_output=True, check=False, text=True)
         if told.returncode != 0:
             raise peers.BenchError(f"ovlfs stats failed: {told.stderr.strip()}")
-        return Counter({request["operation"].upper(): request["count"] for request in json.loads(told.stdout)["requests"]})
+        return Counter(
+            {request["operation"].upper(): request["count"] for request in json.loads(told.stdout)["requests"]}
+        )
 
     yield count
 
@@ -222,6 +223,11 @@ def _make(mnt: Path) -> None:
     _stat_directories(mnt)
 
 
+def _no_xattr(path: str) -> None:
+    with contextlib.suppress(OSError):  # it has none
+        os.getxattr(path, "user.none")
+
+
 OPERATIONS = (
     Operation("stat of a known name", _each(os.stat), _stat_all, 0, 0),
     Operation("stat of a name known to be missing", _each(_absent, "missing"), _each(_absent, "missing"), 0, 0),
@@ -243,13 +249,8 @@ OPERATIONS = (
     Operation("write and fsync", _with_open_file(_write_and_sync), _open, 1),
     Operation("open, append, close (upper file)", _each(_append, "n"), _make, None),
     Operation("open, append, close (lower file)", _each(_append), _stat_all, None),
-    Operation("getxattr", _each(lambda path: _absent_xattr(path)), _stat_all, None),
+    Operation("getxattr", _each(_no_xattr), _stat_all, None),
 )
-
-
-def _absent_xattr(path: str) -> None:
-    with contextlib.suppress(OSError):  # it has none
-        os.getxattr(path, "user.none")
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Who is compared, and how is each of them mounted and unmounted?
 
-Every peer gets the same layers, an empty upperdir and an empty workdir, and is mounted with `suid,dev`, because programs run
-in the mount need /dev/null.  A mount is unmounted whatever happens, and the next one waits until the daemon of the last has
-ended by itself: nothing is killed.
+Every peer gets the same layers, an empty upperdir and an empty workdir, and is mounted with `suid,dev`, because
+programs run in the mount need /dev/null.  A mount is unmounted whatever happens, and the next one waits until the
+daemon of the last has ended by itself: nothing is killed.
 """
 
 import contextlib
@@ -41,7 +41,11 @@ KERNEL = Peer("kernel", ("mount", "-t", "overlay", "overlay", "-o", _DIRS, "{mnt
 FUSE_OVERLAYFS = Peer("fuse-overlayfs", ("fuse-overlayfs", "-o", f"{_DIRS},suid,dev", "{mnt}"))
 UNIONFS = Peer("unionfs-fuse", ("unionfs-fuse", "-o", "cow,suid,dev", "{upper}=RW:{lower_ro}", "{mnt}"))
 NO_LANE = Peer("ovlfs --no-lane", (OVLFS, "mount", "--no-lane", "-o", f"{_DIRS},suid,dev", "{mnt}"))
-ARCHIVE = Peer("ovlfs archive", (OVLFS, "mount", "-o", "suid,dev", "--upper", "{upper}", "--work", "{work}", "{archive}", "{mnt}"))  # fmt: skip
+ARCHIVE = Peer(
+    "ovlfs archive",
+    (OVLFS, "mount", "-o", "suid,dev", "--upper", "{upper}", "--work", "{work}", "{archive}", "{mnt}"),
+    judged=True,
+)
 
 
 def ovlfs(name: str = "ovlfs", options: str = "") -> Peer:
@@ -63,7 +67,12 @@ def environment(directory: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def mounted(
-    peer: Peer, layers: Sequence[Path], directory: Path, *, archive: Path | None = None, env: Mapping[str, str] | None = None
+    peer: Peer,
+    layers: Sequence[Path],
+    directory: Path,
+    *,
+    archive: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Mount below `directory`, which is made and removed; layers: topmost first.  Raises BenchError if it cannot be."""
     for name in ("upper", "work", "mnt"):
@@ -108,7 +117,7 @@ def unmount(mnt: Path) -> None:
     else:
         subprocess.run(["umount", "-l", mnt], check=True)
     for _ in range(1000):
-        if not any(_processes(os.fsencode(mnt))):
+        if not daemons(mnt):
             return
         time.sleep(0.01)
     raise BenchError(f"a process of {mnt} still runs 10 s after it was unmounted")
@@ -123,13 +132,15 @@ def _is_dead(mnt: Path) -> bool:
     return False
 
 
-def _processes(word: bytes) -> Iterator[int]:
-    """Processes that have the word on their command line."""
+def daemons(mnt: Path) -> list[int]:
+    """Processes that have the mountpoint on their command line."""
+    found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):  # it has just ended
-                if word in Path("/proc", entry, "cmdline").read_bytes().split(b"\0"):
-                    yield int(entry)
+                if os.fsencode(mnt) in Path("/proc", entry, "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(entry))
+    return found
 
 
 def drop_caches() -> None:

@@ -1,4 +1,6 @@
-"""How does it look?  Bars of the ratio to kernel overlayfs, on a logarithmic scale, as SVG: left of the line is faster."""
+"""How does it look?  Bars of the ratio to kernel overlayfs, on a logarithmic scale, as SVG: left of the line is
+faster.
+"""
 
 import math
 from pathlib import Path
@@ -27,8 +29,10 @@ def draw(results: Results, path: Path) -> None:
     height_of_row = _BAR * len(peers) + _GAP
     bottom = _TOP + height_of_row * len(rows)
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + _RIGHT}" height="{bottom + 24}" '
-        'font-family="sans-serif" font-size="11">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + _RIGHT}" height="{bottom + 24}" '
+            'font-family="sans-serif" font-size="11">'
+        ),
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="8" y="18" font-size="13" font-weight="bold">{escape(results.title)}</text>',
     ]
@@ -37,7 +41,7 @@ def draw(results: Results, path: Path) -> None:
         out.append(f'<rect x="{offset}" y="30" width="11" height="11" fill="{color}"/>')
         out.append(f'<text x="{offset + 16}" y="40">{escape(peer.name)}</text>')
         offset += 34 + 7 * len(peer.name)
-    out.append(f'<text x="{offset}" y="40" fill="#555">time, as a multiple of kernel overlayfs (shorter is better)</text>')
+    out.append(f'<text x="{offset}" y="40" fill="#555">time to kernel overlayfs; dashed: the reach</text>')
     for tick in _ticks(low, high):
         style = 'stroke="#222"' if tick == 1 else 'stroke="#ddd"'
         out.append(f'<line x1="{x(tick):.1f}" y1="{_TOP - 6}" x2="{x(tick):.1f}" y2="{bottom}" {style}/>')
@@ -45,7 +49,8 @@ def draw(results: Results, path: Path) -> None:
     for number, (row, bars) in enumerate(rows):
         top = _TOP + number * height_of_row
         out.append(
-            f'<text x="{_LEFT - 8}" y="{top + (height_of_row - _GAP) / 2 + 4:.1f}" text-anchor="end">{escape(row)}</text>'
+            f'<text x="{_LEFT - 8}" y="{top + (height_of_row - _GAP) / 2 + 4:.1f}" text-anchor="end">'
+            f"{escape(row)}</text>"
         )
         for place, ((_, ratio), color) in enumerate(zip(bars, _COLORS, strict=False)):
             y = top + place * _BAR
@@ -53,9 +58,13 @@ def draw(results: Results, path: Path) -> None:
                 out.append(f'<text x="{x(1) + 3:.1f}" y="{y + _BAR - 1}" font-size="9" fill="#999">-</text>')
                 continue
             start, end = sorted((x(1), x(ratio)))
-            out.append(f'<rect x="{start:.1f}" y="{y}" width="{max(end - start, 1):.1f}" height="{_BAR - 1}" fill="{color}"/>')
+            out.append(
+                f'<rect x="{start:.1f}" y="{y}" width="{max(end - start, 1):.1f}" height="{_BAR - 1}" fill="{color}"/>'
+            )
             side, anchor = (end + 3, "start") if ratio >= 1 else (start - 3, "end")
-            out.append(f'<text x="{side:.1f}" y="{y + _BAR - 1}" font-size="9" text-anchor="{anchor}">{ratio:.2f}</text>')
+            out.append(
+                f'<text x="{side:.1f}" y="{y + _BAR - 1}" font-size="9" text-anchor="{anchor}">{ratio:.2f}</text>'
+            )
         limit = results.limit(row)
         reference = 1.0 if limit is None or limit[0] == KERNEL.name else results.ratio(row, limit[0], KERNEL.name)
         if limit is not None and reference is not None:

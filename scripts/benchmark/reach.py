@@ -1,7 +1,7 @@
 """How far shall ovlfs reach, and does it?
 
-Two limits a row: with everything pinned to one CPU the ratio to kernel overlayfs, where the price of a message is constant;
-else the ratio to fuse-overlayfs, which pays for messages, too.
+Two limits a row: with everything pinned to one CPU the ratio to kernel overlayfs, where the price of a message is
+constant; else the ratio to fuse-overlayfs, which pays for messages, too.
 """
 
 import json
@@ -98,13 +98,16 @@ def table(results: Results) -> Iterable[str]:
             ratios = [results.ratio(row, peer.name, to) for to in (KERNEL.name, FUSE_OVERLAYFS.name)]
             shown = " ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             mark = results.mark(row, peer)
-            cells.append(f"{_milliseconds(median)} ({shown})" + (f" **{mark}**" if mark == "miss" else f" {mark}").rstrip())
+            cells.append(
+                f"{_milliseconds(median)} ({shown})" + (f" **{mark}**" if mark == "miss" else f" {mark}").rstrip()
+            )
         limit = results.limit(row)
         cells.append("" if limit is None else f"{limit[1]} x {limit[0]}")
         yield "| " + " | ".join(cells) + " |"
     marks = [results.mark(row, peer) for row in results.seconds for peer in results.peers]
     yield ""
-    yield f"Milliseconds, median (ratio to kernel, ratio to fuse-overlayfs); {marks.count('ok')} ok, {marks.count('miss')} missed."
+    said = f"{marks.count('ok')} ok, {marks.count('miss')} missed"
+    yield f"Milliseconds, median (ratio to kernel, ratio to fuse-overlayfs); {said}."
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """What work is measured?
 
-A group is done on one fresh mount (empty upperdir, a daemon that knows nothing), one step after the other; the steps that come
-before a measured one are done also when they are not asked for.  `cold` steps come right after `sync` and writing 3 to
-/proc/sys/vm/drop_caches.  So *cold* is, for every peer: nothing in the page cache, no dentries and no inodes (of the mount, and
-of the layers below; what lies on tmpfs stays, it has no other place).  The first step of a group is colder still: the daemon
-has not seen the tree.  *warm* is the same step once more.
+A group is done on one fresh mount (empty upperdir, a daemon that knows nothing), one step after the other; the steps
+that come before a measured one are done also when they are not asked for.  `cold` steps come right after `sync` and
+writing 3 to /proc/sys/vm/drop_caches.  So *cold* is, for every peer: nothing in the page cache, no dentries and no
+inodes (of the mount, and of the layers below; what lies on tmpfs stays, it has no other place).  The first step of a
+group is colder still: the daemon has not seen the tree.  *warm* is the same step once more.
 """
 
 import contextlib
@@ -19,11 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmark.peers import BenchError, mounted, run
 from benchmark.peers import KERNEL as REFERENCE
+from benchmark.peers import BenchError, mounted, run
 
 _BLOCK = 4096
-_CHROOT_ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+_CHROOT_ENV = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/tmp",
+    "LC_ALL": "C",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
 
 Action = Callable[[Path], int | None]
 """Does it below a mountpoint.  A number that comes back is the same for all who did the same work."""
@@ -125,7 +130,6 @@ def groups(made: Supplies) -> list[list[Step]]:
     """All of the work."""
     do = _Actions(made)
     first, second = made.small[: made.count(750)], made.small[made.count(750) : made.count(1500)]
-    chroot = do.in_chroot
     return [
         [Step("walk cold", walk, cold=True), Step("walk warm", walk)],
         [Step("read every file cold", do.read_all, cold=True), Step("read every file warm", do.read_all)],
@@ -153,18 +157,10 @@ def groups(made: Supplies) -> list[list[Step]]:
         [Step("create + write 2000", do.create), Step("create + write + fsync 200", do.create_synced)],
         [Step("4 parallel finds cold", do.find, cold=True)],
         [Step("4 parallel untars", do.untar_parallel)],
-        [
-            Step("git clone", lambda mnt: chroot(mnt, "git", "clone", "-q", "/tmp/repository", "/tmp/clone"), before=do.bring_repository)
-        ],
+        [Step("git clone", do.clone, before=do.bring_repository)],
         [Step("gcc of 100 files", do.compile, before=do.bring_sources)],
-        [
-            Step(
-                "apt-get install",
-                lambda mnt: chroot(mnt, "sh", "-c", "exec apt-get -qq install -y --no-install-recommends /tmp/debs/*.deb"),
-                before=do.bring_debs,
-            )
-        ],
-    ]  # fmt: skip
+        [Step("apt-get install", do.install, before=do.bring_debs)],
+    ]
 
 
 def walk(mnt: Path) -> int:
@@ -226,8 +222,7 @@ class _Actions:
 
     def write_big(self, mnt: Path) -> None:
         with open(_tmp(mnt) / "big", "wb", buffering=0) as file:
-            for _ in range(self.made.count(512)):
-                file.write(self.made.block)
+            file.writelines(self.made.block for _ in range(self.made.count(512)))
             os.fsync(file.fileno())
 
     @staticmethod
@@ -293,6 +288,12 @@ class _Actions:
         if self.made.debs is None:
             raise BenchError("no packages for this image")
         run(["cp", "-a", self.made.debs, _tmp(mnt) / "debs"])
+
+    def clone(self, mnt: Path) -> None:
+        self.in_chroot(mnt, "git", "clone", "-q", "/tmp/repository", "/tmp/clone")
+
+    def install(self, mnt: Path) -> None:
+        self.in_chroot(mnt, "sh", "-c", "exec apt-get -qq install -y --no-install-recommends /tmp/debs/*.deb")
 
     def compile(self, mnt: Path) -> int:
         self.in_chroot(mnt, "gcc", "--version")
