@@ -49,6 +49,7 @@
 #define STOP_SECONDS 5
 #define WAKE_SIGNAL (SIGRTMAX - 1) /* ends a read(2); nothing else is done with it */
 #define WAKE_EVERY_NS 5000000L
+#define LEADERS_MAX 8
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
@@ -64,9 +65,10 @@ struct counters {
 	atomic_uint_fast64_t forwarded, extra, answered;
 };
 
-struct reader {
+struct ovl_lane_reader {
 	struct ovl_lane *lane;
 	pthread_t thread;
+	bool leads; /* the thread's own */
 	unsigned char *request, *answer; /* buffer_bytes each */
 };
 
@@ -79,9 +81,10 @@ struct ovl_lane {
 	unsigned char *reply;   /* the writer's; buffer_bytes */
 	struct ovl_lane_native native; /* immutable; .answer NULL: nothing is answered natively */
 
-	struct reader readers[OVL_LANE_READERS]; /* protected by lock: which there are */
+	struct ovl_lane_reader readers[OVL_LANE_READERS]; /* protected by lock: which there are */
 	size_t reader_count;                     /* protected by lock */
-	atomic_int waiting;                      /* readers in read(2) */
+	size_t leaders, leaders_max, followers;  /* protected by lock; leaders_max immutable; followers: who wait for the lead */
+	pthread_cond_t lead;                     /* protected by lock: there is one leader less, or we stop */
 	pthread_t writer, notifier;
 	bool started, writer_runs; /* the owner's thread only */
 
@@ -410,51 +413,59 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 enum route { FORWARD, EXTRA, ANSWERED };
 
 /* Looks at a request (which it may change) and answers it or says who shall.  The reader's thread. */
-typedef enum route (*handler_t)(struct ovl_lane *lane, unsigned char *message, size_t size);
+typedef enum route (*handler_t)(struct ovl_lane_reader *reader, unsigned char *message, size_t size);
 
 /* One message to pyfuse3; waits while the socket is full. */
-static ovl_err_t send_to_session(struct ovl_lane *lane, const unsigned char *message, size_t size)
+static ovl_err_t send_to_session(struct ovl_lane_reader *reader, const unsigned char *message, size_t size)
 {
 	const struct timespec pause = {.tv_nsec = SEND_PAUSE_NS};
+	struct ovl_lane *lane = reader->lane;
+	int how = MSG_NOSIGNAL | MSG_DONTWAIT;
 
 	for (int tries = 0;;) {
-		if (OVL_LANE_SEND(lane->session_fd, message, size, MSG_NOSIGNAL) >= 0)
+		if (OVL_LANE_SEND(lane->session_fd, message, size, how) >= 0)
 			return 0;
 		if (errno == EINTR)
 			continue;
+		if (errno == EAGAIN && how & MSG_DONTWAIT) {
+			ovl_lane_yield(reader);
+			how = MSG_NOSIGNAL;
+			continue;
+		}
 		if ((errno != ENOBUFS && errno != ENOMEM) || ++tries == SEND_TRIES || atomic_load(&lane->stopping))
 			return -errno;
+		ovl_lane_yield(reader);
 		nanosleep(&pause, NULL);
 	}
 }
 
-static enum route answer_extra(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_extra(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
-	(void)lane, (void)message, (void)size;
+	(void)reader, (void)message, (void)size;
 	return EXTRA;
 }
 
-static enum route answer_unknown(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_unknown(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_in_header header;
 
 	(void)size;
 	memcpy(&header, message, sizeof(header));
-	put_error(lane, header.unique, ENOSYS);
+	put_error(reader->lane, header.unique, ENOSYS);
 	return ANSWERED;
 }
 
-static enum route answer_init(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_init(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
-	note_init(lane, message, size);
+	note_init(reader->lane, message, size);
 	return FORWARD;
 }
 
-static enum route answer_listing(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_listing(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_read_in in;
 
-	(void)lane;
+	(void)reader;
 	if (size >= sizeof(struct fuse_in_header) + sizeof(in)) {
 		memcpy(&in, message + sizeof(struct fuse_in_header), sizeof(in));
 		if (in.size > OVL_LANE_LIST_MAX)
@@ -466,7 +477,7 @@ static enum route answer_listing(struct ovl_lane *lane, unsigned char *message, 
 
 /* A BATCH_FORGET can be as long as the read buffer: cut it.  The header is put anew before each part, over what was
  * sent already. */
-static enum route answer_batch_forget(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_batch_forget(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_in_header header;
 	struct fuse_batch_forget_in in;
@@ -487,8 +498,8 @@ static enum route answer_batch_forget(struct ovl_lane *lane, unsigned char *mess
 		header.len = (uint32_t)(before + bytes);
 		memcpy(message + at - before, &header, sizeof(header));
 		memcpy(message + at - sizeof(in), &in, sizeof(in));
-		if (send_to_session(lane, message + at - before, header.len) < 0)
-			count(&lane->dropped);
+		if (send_to_session(reader, message + at - before, header.len) < 0)
+			count(&reader->lane->dropped);
 		at += bytes;
 		left -= now;
 	}
@@ -522,17 +533,24 @@ static void refuse(struct ovl_lane *lane, const struct fuse_in_header *header, i
 		put_error(lane, header->unique, error);
 }
 
-static void forward(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+static void forward(struct ovl_lane_reader *reader, const struct fuse_in_header *header, const unsigned char *message)
 {
-	ovl_err_t err = send_to_session(lane, message, header->len);
+	ovl_err_t err = send_to_session(reader, message, header->len);
 
 	if (err)
-		refuse(lane, header, err == -ENOBUFS || err == -ENOMEM ? ENOMEM : EIO);
+		refuse(reader->lane, header, err == -ENOBUFS || err == -ENOMEM ? ENOMEM : EIO);
 }
 
 /* Append to the queue; waits while it is full. */
-static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+static bool queue_is_full(const struct ovl_lane *lane, size_t more)
 {
+	return lane->first && !atomic_load(&lane->stopping) &&
+	       (lane->queue_count >= lane->queue_count_max || lane->queue_bytes + more > lane->queue_bytes_max);
+}
+
+static void enqueue(struct ovl_lane_reader *reader, const struct fuse_in_header *header, const unsigned char *message)
+{
+	struct ovl_lane *lane = reader->lane;
 	struct ovl_lane_request *request = malloc(sizeof(*request) + header->len);
 
 	if (!request) {
@@ -543,8 +561,12 @@ static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, 
 	request->size = header->len;
 	memcpy(request->message, message, header->len);
 	pthread_mutex_lock(&lane->lock);
-	while (lane->first && !atomic_load(&lane->stopping) &&
-	       (lane->queue_count >= lane->queue_count_max || lane->queue_bytes + request->size > lane->queue_bytes_max))
+	if (queue_is_full(lane, request->size)) {
+		pthread_mutex_unlock(&lane->lock);
+		ovl_lane_yield(reader);
+		pthread_mutex_lock(&lane->lock);
+	}
+	while (queue_is_full(lane, request->size))
 		pthread_cond_wait(&lane->room, &lane->lock);
 	if (!lane->first)
 		raise_event(lane->extra_fd);
@@ -556,14 +578,16 @@ static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, 
 }
 
 /* False: the request, which may have changed, has to be handed on. */
-static bool answer_natively(struct ovl_lane *lane, struct reader *reader, size_t size)
+static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 {
-	struct ovl_lane_answer answer = {.body = reader->answer, .room = lane->buffer_bytes - sizeof(struct fuse_out_header)};
+	struct ovl_lane *lane = reader->lane;
+	struct ovl_lane_answer answer = {.body = reader->answer, .reader = reader};
 	struct fuse_in_header request;
 	struct fuse_out_header header;
 	struct iovec parts[2];
 	enum ovl_lane_verdict verdict;
 
+	answer.room = lane->buffer_bytes - sizeof(struct fuse_out_header);
 	memcpy(&request, reader->request, sizeof(request));
 	verdict = lane->native.answer(lane->native.arg, reader->request, size, &answer);
 	if (verdict == OVL_LANE_ANSWERED) {
@@ -584,17 +608,18 @@ static bool answer_natively(struct ovl_lane *lane, struct reader *reader, size_t
 }
 
 /* pyfuse3 does not bind READDIR, which comes only with FUSE_READDIRPLUS_AUTO. */
-static enum route route_of(struct ovl_lane *lane, uint32_t opcode, unsigned char *message, size_t size)
+static enum route route_of(struct ovl_lane_reader *reader, uint32_t opcode, unsigned char *message, size_t size)
 {
 	handler_t handler = opcode < OVL_LANE_OPCODES ? handlers[opcode] : NULL;
 
-	if (lane->native.answer && opcode == FUSE_READDIR)
+	if (reader->lane->native.answer && opcode == FUSE_READDIR)
 		return EXTRA;
-	return handler ? handler(lane, message, size) : FORWARD;
+	return handler ? handler(reader, message, size) : FORWARD;
 }
 
-static void dispatch(struct ovl_lane *lane, struct reader *reader, size_t size)
+static void dispatch(struct ovl_lane_reader *reader, size_t size)
 {
+	struct ovl_lane *lane = reader->lane;
 	unsigned char *message = reader->request;
 	struct fuse_in_header header;
 	struct counters *counters;
@@ -612,11 +637,11 @@ static void dispatch(struct ovl_lane *lane, struct reader *reader, size_t size)
 		return;
 	}
 	counters = &lane->counters[slot(header.opcode)];
-	if (lane->native.answer && answer_natively(lane, reader, size)) {
+	if (lane->native.answer && answer_natively(reader, size)) {
 		count(&counters->answered);
 		return;
 	}
-	route = route_of(lane, header.opcode, message, size);
+	route = route_of(reader, header.opcode, message, size);
 	if (route == ANSWERED) {
 		count(&counters->answered);
 		return;
@@ -625,9 +650,9 @@ static void dispatch(struct ovl_lane *lane, struct reader *reader, size_t size)
 	if (note_request(lane, &header, message) < 0)
 		refuse(lane, &header, ENOMEM);
 	else if (route == FORWARD)
-		forward(lane, &header, message);
+		forward(reader, &header, message);
 	else
-		enqueue(lane, &header, message);
+		enqueue(reader, &header, message);
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -668,12 +693,12 @@ static void *read_requests(void *arg);
 /* One more reader, unless there are enough; the lock is held. */
 static ovl_err_t add_reader(struct ovl_lane *lane)
 {
-	struct reader *reader = &lane->readers[lane->reader_count];
+	struct ovl_lane_reader *reader = &lane->readers[lane->reader_count];
 	ovl_err_t err = -ENOMEM;
 
 	if (lane->reader_count == OVL_LANE_READERS)
 		return 0;
-	*reader = (struct reader){.lane = lane};
+	*reader = (struct ovl_lane_reader){.lane = lane};
 	reader->request = malloc(lane->buffer_bytes);
 	reader->answer = lane->native.answer ? malloc(lane->buffer_bytes) : NULL;
 	if (reader->request && (reader->answer || !lane->native.answer))
@@ -684,33 +709,69 @@ static ovl_err_t add_reader(struct ovl_lane *lane)
 		return err;
 	}
 	lane->reader_count++;
+	lane->followers++; /* it will, in a moment */
 	return 0;
+}
+
+void ovl_lane_yield(struct ovl_lane_reader *reader)
+{
+	struct ovl_lane *lane;
+
+	if (!reader || !reader->leads)
+		return;
+	lane = reader->lane;
+	pthread_mutex_lock(&lane->lock);
+	if (lane->followers == 0 && !atomic_load(&lane->stopping))
+		(void)add_reader(lane); /* without one, who waits waits for this one */
+	if (lane->followers > 0) {
+		reader->leads = false;
+		lane->leaders--;
+		pthread_cond_signal(&lane->lead);
+	}
+	pthread_mutex_unlock(&lane->lock);
+}
+
+/* Waits for the lead.  False: we stop. */
+static bool take_lead(struct ovl_lane_reader *reader)
+{
+	struct ovl_lane *lane = reader->lane;
+
+	pthread_mutex_lock(&lane->lock);
+	while (lane->leaders == lane->leaders_max && !atomic_load(&lane->stopping))
+		pthread_cond_wait(&lane->lead, &lane->lock);
+	lane->followers--;
+	lane->leaders++;
+	pthread_mutex_unlock(&lane->lock);
+	reader->leads = true;
+	return !atomic_load(&lane->stopping);
+}
+
+static void follow(struct ovl_lane_reader *reader)
+{
+	pthread_mutex_lock(&reader->lane->lock);
+	reader->lane->followers++;
+	pthread_mutex_unlock(&reader->lane->lock);
 }
 
 static void *read_requests(void *arg)
 {
-	struct reader *reader = arg;
+	struct ovl_lane_reader *reader = arg;
 	struct ovl_lane *lane = reader->lane;
 	ovl_err_t reason = 0;
 
 	/* What is made for clients has the mode that they asked for; the umask is then this thread's own. */
 	if (unshare(CLONE_FS) == 0)
 		umask(0);
-	while (!atomic_load(&lane->stopping)) {
+	while (reader->leads || take_lead(reader)) {
 		ssize_t n;
-		int left;
 
-		atomic_fetch_add(&lane->waiting, 1);
+		if (atomic_load(&lane->stopping))
+			break;
 		n = OVL_LANE_READ(lane->dev_fd, reader->request, lane->buffer_bytes);
-		left = atomic_fetch_sub(&lane->waiting, 1) - 1;
 		if (n > 0) {
-			if (left == 0) {
-				pthread_mutex_lock(&lane->lock);
-				if (!atomic_load(&lane->stopping))
-					(void)add_reader(lane); /* without one this one does it all */
-				pthread_mutex_unlock(&lane->lock);
-			}
-			dispatch(lane, reader, (size_t)n);
+			dispatch(reader, (size_t)n);
+			if (!reader->leads)
+				follow(reader);
 			continue;
 		}
 		if (n == 0)
@@ -895,6 +956,7 @@ static void destroy(struct ovl_lane *lane)
 	free(lane->pending);
 	pthread_cond_destroy(&lane->room);
 	pthread_cond_destroy(&lane->noted);
+	pthread_cond_destroy(&lane->lead);
 	pthread_mutex_destroy(&lane->lock);
 	free(lane);
 }
@@ -902,6 +964,7 @@ static void destroy(struct ovl_lane *lane)
 ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	struct ovl_lane *lane = calloc(1, sizeof(*lane));
 	ovl_err_t err;
 	int flags;
@@ -926,6 +989,10 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	pthread_mutex_init(&lane->lock, NULL);
 	pthread_cond_init(&lane->room, NULL);
 	pthread_cond_init(&lane->noted, NULL);
+	pthread_cond_init(&lane->lead, NULL);
+	lane->leaders_max = cpus > 2 ? (size_t)cpus / 2 : 1;
+	if (lane->leaders_max > LEADERS_MAX)
+		lane->leaders_max = LEADERS_MAX;
 
 	err = -EINVAL;
 	if (lane->dev_fd < 0 || lane->session_fd < 0 || lane->max_write % page || lane->max_write < page ||
@@ -979,9 +1046,10 @@ ovl_err_t ovl_lane_start(struct ovl_lane *lane)
 		return err;
 	lane->writer_runs = true;
 	pthread_mutex_lock(&lane->lock);
-	err = add_reader(lane); /* on failure the caller frees, which stops the writer */
+	for (size_t i = 0; !err && i < lane->leaders_max; i++)
+		err = add_reader(lane); /* on failure the caller frees, which stops the others */
 	pthread_mutex_unlock(&lane->lock);
-	lane->started = !err;
+	lane->started = true;
 	return err;
 }
 
@@ -1010,6 +1078,7 @@ void ovl_lane_stop(struct ovl_lane *lane)
 	readers = lane->reader_count; /* there will be no more */
 	pthread_cond_broadcast(&lane->room);
 	pthread_cond_broadcast(&lane->noted);
+	pthread_cond_broadcast(&lane->lead);
 	pthread_mutex_unlock(&lane->lock);
 	raise_event(lane->stop_fd);
 	shutdown(lane->session_fd, SHUT_RDWR); /* a reader that waits for room in it */

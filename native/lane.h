@@ -50,9 +50,11 @@
  * Process death: the kernel closes the device, which aborts the connection; nothing here keeps it open.
  * ENOENT from read or write: the request was interrupted; the other side needs no answer.
  *
- * Threads.  Readers block in read(2) on one descriptor; when a request leaves none waiting, another is started, up to
- * OVL_LANE_READERS: one that waits for the disk, or for room in the socket, stops nobody else.  Cloned descriptors
- * (FUSE_DEV_IOC_CLONE) would only spare them the queue's lock, and need every reply to go back where its request came from.
+ * Threads.  One reader at a time leads: it reads a request, answers it, and reads the next, with no other thread to be
+ * woken in between.  Before it does what may wait (for the disk, for room in the socket), it gives the lead to another
+ * (ovl_lane_yield), which is started if there is none; then it follows.  So one that waits stops nobody else, and who does
+ * not wait pays for one thread only.  On machines with more CPUs several lead.  Cloned descriptors (FUSE_DEV_IOC_CLONE)
+ * would spare leaders the queue's lock, and need every reply to go back where its request came from.
  *
  * Concurrency: new, start, stop and free from one thread; receive from one thread; reply, stats from any.
  * Errors: 0 or -errno, errno is not set.
@@ -86,6 +88,7 @@ struct ovl_lane_answer {
 	unsigned char *body;
 	bool looking; /* the gate's ovl_gate_looked is to be called when it is written */
 	bool changed; /* the gate's barrier is to be passed before it is written */
+	struct ovl_lane_reader *reader; /* for ovl_lane_yield; NULL: nobody else reads */
 };
 
 /* A request that is with Python. */
@@ -176,6 +179,9 @@ ovl_err_t ovl_lane_receive(struct ovl_lane *lane, struct ovl_lane_request **out)
 
 /* Answer an EXTRA request: `error` is 0 or a positive errno, then without data.  -EINVAL: not such an errno. */
 ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, const void *data, size_t size);
+
+/* By a handler, before what may wait: somebody else reads the next request.  NULL is fine; so is a second call. */
+void ovl_lane_yield(struct ovl_lane_reader *reader);
 
 void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out);
 

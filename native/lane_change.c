@@ -84,6 +84,14 @@ uint32_t ovl_lane_mode_killed(uint32_t mode)
 	return mode & S_IXGRP ? mode & ~(uint32_t)S_ISGID : mode;
 }
 
+/* False: pass the request on.  A disk may have to be waited for. */
+static bool enter_gate(struct ovl_lane_ask *ask)
+{
+	if (ask->fs->upper.may_wait)
+		ovl_lane_yield(ask->answer->reader);
+	return ovl_gate_change(&ask->fs->gate);
+}
+
 /* ---- attributes of upper objects ----------------------------------------------------------------------- */
 
 /* Stack.refresh(): what the object at `fd` says now. */
@@ -237,7 +245,7 @@ static bool plan(struct ovl_lane_fs *fs, const struct ovl_lane_ask *ask, const s
 		if (S_ISDIR(mode))
 			out->mode |= S_ISGID;
 	}
-	out->ours = out->uid == geteuid() && out->gid == getegid();
+	out->ours = out->uid == fs->uid && out->gid == fs->gid;
 	if (!out->ours && !(fs->upper.direct && fs->upper.may_chown))
 		return false;
 	/* Without the right to store what is shown, only what the object can say itself. */
@@ -249,6 +257,8 @@ static ovl_err_t finish(const struct maker *what, int fd, struct stat *st)
 {
 	if (fstat(fd, st) != 0)
 		return -errno;
+	if (st->st_uid == what->uid && st->st_gid == what->gid && (S_ISLNK(what->mode) || !((st->st_mode ^ what->mode) & 07777)))
+		return 0;
 	if ((st->st_uid != what->uid || st->st_gid != what->gid) && fchownat(fd, "", what->uid, what->gid, AT_EMPTY_PATH) != 0)
 		return -errno;
 	/* A chown takes bits away, and the process's umask has. */
@@ -378,7 +388,7 @@ enum ovl_lane_verdict ovl_lane_create(struct ovl_lane_ask *ask)
 	len = ovl_lane_name(ask->body + sizeof(in), ask->size - sizeof(in));
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
-	if (!ovl_gate_change(&fs->gate))
+	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body + sizeof(in), len, &at) ||
 	    !plan(fs, ask, &at, S_IFREG | (in.mode & 07777), in.umask, &what))
@@ -418,7 +428,7 @@ static enum ovl_lane_verdict make(struct ovl_lane_ask *ask, const uint8_t *name,
 	struct stat st;
 	ovl_err_t err;
 
-	if (!ovl_gate_change(&fs->gate))
+	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, name, len, &at) || !plan(fs, ask, &at, mode, umask, &what))
 		return pass(ask);
@@ -486,7 +496,7 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 	len = ovl_lane_name(ask->body + sizeof(in), ask->size - sizeof(in));
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
-	if (!ovl_gate_change(&fs->gate))
+	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body + sizeof(in), len, &at) || at.child.entry.nodeid ||
 	    ovl_tree_describe(fs->tree, in.oldnodeid, false, &is) || !is.upper || is.metacopy || !is.is_linked ||
@@ -594,7 +604,7 @@ static enum ovl_lane_verdict take_away(struct ovl_lane_ask *ask, bool is_dir)
 
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
-	if (!ovl_gate_change(&fs->gate))
+	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body, len, &at) || at.child.entry.nodeid == 0 ||
 	    (bool)S_ISDIR(at.child.entry.attr.mode) != is_dir || (is_dir && (!at.child.upper || at.child.has_lower)))
@@ -660,7 +670,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	new_len = ovl_lane_name(ask->body + head + len + 1, ask->size - head - len - 1);
 	if (new_len == 0)
 		return ovl_lane_fail(ask, EIO);
-	if (in.flags & ~(uint32_t)RENAME_NOREPLACE || !ovl_gate_change(&fs->gate))
+	if (in.flags & ~(uint32_t)RENAME_NOREPLACE || !enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body + head, len, &from) ||
 	    !find_place(fs, in.newdir, ask->body + head + len + 1, new_len, &to))
@@ -758,7 +768,7 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	    (in.valid & (FATTR_MODE | FATTR_UID | FATTR_GID) && !fs->upper.direct) ||
 	    (in.valid & (FATTR_UID | FATTR_GID) && !fs->upper.may_chown))
 		return OVL_LANE_PASS;
-	if (!ovl_gate_change(&fs->gate))
+	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	fd = in.valid & FATTR_FH ? ovl_lane_file_fd(fs, in.fh, nodeid) : -1;
 	owned = fd < 0;

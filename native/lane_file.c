@@ -70,6 +70,7 @@ struct ovl_lane_io {
 	int fd;         /* the upper file, O_RDWR; -1: not open, or not to be had */
 	int32_t backing; /* its id in the kernel; 0: none */
 	size_t handles, cached, passed, writers;
+	bool bare; /* made here, and nobody has set an xattr since: there are no capabilities to ask the disk for */
 };
 
 struct ovl_lane_file {
@@ -301,6 +302,7 @@ ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t f
 		goto out;
 	if (fd >= 0 && io->fd < 0) {
 		io->fd = fd;
+		io->bare = true;
 		fd = -1;
 	}
 	err = ovl_tree_has_upper_data(fs->tree, nodeid) ? open_upper_file(fs, io, file) : open_lower_file(fs, file);
@@ -376,6 +378,29 @@ int ovl_lane_file_fd(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid)
 	return fd;
 }
 
+bool ovl_lane_file_is_bare(struct ovl_lane_fs *fs, uint64_t nodeid)
+{
+	const struct ovl_lane_io *io;
+	bool yes;
+
+	pthread_mutex_lock(&fs->files.lock);
+	io = *io_slot(&fs->files, nodeid);
+	yes = io && io->bare;
+	pthread_mutex_unlock(&fs->files.lock);
+	return yes;
+}
+
+void ovl_lane_file_dress(struct ovl_lane_fs *fs, uint64_t nodeid)
+{
+	struct ovl_lane_io *io;
+
+	pthread_mutex_lock(&fs->files.lock);
+	io = *io_slot(&fs->files, nodeid);
+	if (io)
+		io->bare = false;
+	pthread_mutex_unlock(&fs->files.lock);
+}
+
 ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh, bool kill)
 {
 	const struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
@@ -444,16 +469,25 @@ enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask)
 
 /* ---- reading ------------------------------------------------------------------------------------------ */
 
-/* Bytes read, or -errno; fewer than `size` only at the end of the file. */
-static ssize_t read_all(int fd, unsigned char *to, size_t size, uint64_t offset)
+/* Bytes read, or -errno; fewer than `size` only at the end of the file.  What is in memory is had without waiting; before
+ * the disk is waited for, another thread takes over the reading of requests. */
+static ssize_t read_all(struct ovl_lane_reader *reader, int fd, unsigned char *to, size_t size, uint64_t offset)
 {
+	int how = reader ? RWF_NOWAIT : 0;
 	size_t done = 0;
 
 	while (done < size) {
-		ssize_t n = pread(fd, to + done, size - done, (off_t)(offset + done));
+		struct iovec part = {.iov_base = to + done, .iov_len = size - done};
+		ssize_t n = preadv2(fd, &part, 1, (off_t)(offset + done), how);
 
 		if (n < 0 && errno == EINTR)
 			continue;
+		if (n < 0 && how && (errno == EAGAIN || errno == EOPNOTSUPP)) {
+			if (errno == EAGAIN)
+				ovl_lane_yield(reader); /* not for EOPNOTSUPP: tmpfs, which has it all in memory */
+			how = 0;
+			continue;
+		}
 		if (n < 0)
 			return done > 0 ? (ssize_t)done : -errno;
 		if (n == 0)
@@ -464,7 +498,7 @@ static ssize_t read_all(int fd, unsigned char *to, size_t size, uint64_t offset)
 }
 
 /* A piece of a tar: extents, and zeros between them. */
-static ssize_t read_tar(const struct ovl_layer *layer, uint32_t ref, uint64_t total, unsigned char *to, size_t size,
+static ssize_t read_tar(struct ovl_lane_reader *reader, const struct ovl_layer *layer, uint32_t ref, uint64_t total, unsigned char *to, size_t size,
 			uint64_t offset)
 {
 	struct ovl_index_extent_iter iter;
@@ -490,7 +524,7 @@ static ssize_t read_tar(const struct ovl_layer *layer, uint32_t ref, uint64_t to
 		if (start >= stop)
 			continue;
 		memset(to + filled, 0, (size_t)(start - offset) - filled);
-		got = read_all(layer->data_fd, to + (start - offset), (size_t)(stop - start),
+		got = read_all(reader, layer->data_fd, to + (start - offset), (size_t)(stop - start),
 			       layer->data_offset + extent.physical + (start - extent.logical));
 		if (got < 0)
 			return got;
@@ -504,17 +538,17 @@ static ssize_t read_tar(const struct ovl_layer *layer, uint32_t ref, uint64_t to
 	return (ssize_t)size;
 }
 
-static ssize_t read_lower(const struct ovl_lane_file *file, unsigned char *to, size_t size, uint64_t offset)
+static ssize_t read_lower(struct ovl_lane_reader *reader, const struct ovl_lane_file *file, unsigned char *to, size_t size, uint64_t offset)
 {
 	ssize_t got;
 
 	if (file->tar)
-		return read_tar(file->layer, file->ref, file->size, to, size, offset);
+		return read_tar(reader, file->layer, file->ref, file->size, to, size, offset);
 	if (offset >= file->size)
 		return 0;
 	if (size > file->size - offset)
 		size = (size_t)(file->size - offset);
-	got = read_all(file->fd, to, size, offset);
+	got = read_all(reader, file->fd, to, size, offset);
 	return got >= 0 && (size_t)got < size ? -EIO : got; /* the layer is shorter than it was */
 }
 
@@ -540,24 +574,26 @@ static int follow_copy_up(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
 	return data.fd;
 }
 
-static ssize_t read_file(struct ovl_lane_fs *fs, struct ovl_lane_file *file, unsigned char *to, size_t size,
+static ssize_t read_file(const struct ovl_lane_ask *ask, struct ovl_lane_file *file, unsigned char *to, size_t size,
 			 uint64_t offset)
 {
-	int fd = file->upper ? file->fd : follow_copy_up(fs, file);
+	struct ovl_lane_reader *reader = ask->answer->reader;
+	int fd = file->upper ? file->fd : follow_copy_up(ask->fs, file);
 
-	return fd >= 0 ? read_all(fd, to, size, offset) : read_lower(file, to, size, offset);
+	return fd >= 0 ? read_all(reader, fd, to, size, offset) : read_lower(reader, file, to, size, offset);
 }
 
 /* Without an open: the inode alone says what to read. */
-static ssize_t read_inode(struct ovl_lane_fs *fs, uint64_t nodeid, unsigned char *to, size_t size, uint64_t offset)
+static ssize_t read_inode(const struct ovl_lane_ask *ask, unsigned char *to, size_t size, uint64_t offset)
 {
-	struct ovl_lane_file file = {.nodeid = nodeid, .fd = -1};
-	ovl_err_t err = open_lower_file(fs, &file);
+	struct ovl_lane_reader *reader = ask->answer->reader;
+	struct ovl_lane_file file = {.nodeid = ask->header.nodeid, .fd = -1};
+	ovl_err_t err = open_lower_file(ask->fs, &file);
 	ssize_t got;
 
 	if (err)
 		return err == OVL_ASK ? -EIO : err;
-	got = file.upper ? read_all(file.fd, to, size, offset) : read_lower(&file, to, size, offset);
+	got = file.upper ? read_all(reader, file.fd, to, size, offset) : read_lower(reader, &file, to, size, offset);
 	if (file.fd >= 0)
 		close(file.fd);
 	return got;
@@ -577,12 +613,12 @@ enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask)
 	if (in.offset > (uint64_t)INT64_MAX - size)
 		return ovl_lane_fail(ask, EINVAL);
 	if (ask->fs->no_open) {
-		got = read_inode(ask->fs, ask->header.nodeid, ask->answer->body, size, in.offset);
+		got = read_inode(ask, ask->answer->body, size, in.offset);
 	} else {
 		file = file_get(ask->fs, in.fh, ask->header.nodeid);
 		if (!file)
 			return ovl_lane_fail(ask, EBADF);
-		got = read_file(ask->fs, file, ask->answer->body, size, in.offset);
+		got = read_file(ask, file, ask->answer->body, size, in.offset);
 		file_put(ask->fs, file);
 	}
 	if (got < 0)
@@ -609,6 +645,35 @@ static ssize_t write_keeping_capabilities(int fd, const struct iovec *part, uint
 	return written < 0 ? -error : written;
 }
 
+static ovl_err_t set_killed(struct ovl_lane_fs *fs, const struct ovl_lane_file *file, uint32_t mode, uint32_t killed)
+{
+	struct ovl_entry entry;
+
+	if (killed == mode)
+		return 0;
+	if (fchmod(file->fd, killed & 07777) != 0)
+		return -errno;
+	return ovl_lane_refresh(fs, file->nodeid, file->fd, &entry);
+}
+
+/* FALLOCATE and COPY_FILE_RANGE do not say whether set-user-ID bits have to go, as WRITE does: they do unless the caller
+ * has CAP_FSETID, which root is taken to have.  Linux fs/attr.c: setattr_should_drop_sgid(); of a caller's groups a
+ * request tells one. */
+static ovl_err_t kill_for_caller(const struct ovl_lane_ask *ask, const struct ovl_lane_file *file)
+{
+	struct stat st;
+	uint32_t killed;
+
+	if (ask->header.uid == 0 || !atomic_load(&ask->fs->killpriv) || !(file->flags & O_ACCMODE))
+		return 0;
+	if (fstat(file->fd, &st) != 0)
+		return -errno;
+	killed = ovl_lane_mode_killed(st.st_mode);
+	if (ask->header.gid != st.st_gid)
+		killed &= ~(uint32_t)S_ISGID;
+	return set_killed(ask->fs, file, st.st_mode, killed);
+}
+
 static ssize_t write_file(struct ovl_lane_fs *fs, const struct ovl_lane_file *file, const struct fuse_write_in *in,
 			  unsigned char *bytes)
 {
@@ -626,13 +691,9 @@ static ssize_t write_file(struct ovl_lane_fs *fs, const struct ovl_lane_file *fi
 	while (n < 0 && errno == EINTR);
 	if (n < 0)
 		return -errno;
-	if (in->write_flags & WRITE_KILL_SUIDGID && fstat(file->fd, &st) == 0 &&
-	    ovl_lane_mode_killed(st.st_mode) != st.st_mode) {
-		struct ovl_entry entry;
-		ovl_err_t err = fchmod(file->fd, ovl_lane_mode_killed(st.st_mode) & 07777) != 0 ? -errno : 0;
+	if (in->write_flags & WRITE_KILL_SUIDGID && fstat(file->fd, &st) == 0) {
+		ovl_err_t err = set_killed(fs, file, st.st_mode, ovl_lane_mode_killed(st.st_mode));
 
-		if (!err)
-			err = ovl_lane_refresh(fs, file->nodeid, file->fd, &entry);
 		if (err)
 			return err;
 	}
@@ -656,6 +717,8 @@ enum ovl_lane_verdict ovl_lane_write(struct ovl_lane_ask *ask)
 	file = file_get(ask->fs, in.fh, ask->header.nodeid);
 	if (!file)
 		return ovl_lane_fail(ask, EBADF);
+	if (ask->fs->upper.may_wait)
+		ovl_lane_yield(ask->answer->reader); /* for memory to be written back */
 	if (file->upper && wants_write(file->flags))
 		n = write_file(ask->fs, file, &in, ask->body + sizeof(in));
 	file_put(ask->fs, file);
@@ -675,6 +738,8 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 	if (ask->size < sizeof(in))
 		return ovl_lane_fail(ask, EIO);
 	memcpy(&in, ask->body, sizeof(in));
+	if (ask->fs->upper.may_wait)
+		ovl_lane_yield(ask->answer->reader);
 	if (ask->header.opcode == FUSE_FSYNCDIR) {
 		int fd = ask->fs->upper.is_volatile ? -EROFS : ovl_tree_open_upper(ask->fs->tree, ask->header.nodeid,
 										      O_RDONLY | O_DIRECTORY);
@@ -713,8 +778,12 @@ enum ovl_lane_verdict ovl_lane_fallocate(struct ovl_lane_ask *ask)
 	file = file_get(ask->fs, in.fh, ask->header.nodeid);
 	if (!file)
 		return ovl_lane_fail(ask, EBADF);
+	if (ask->fs->upper.may_wait || in.length > COPY_MAX)
+		ovl_lane_yield(ask->answer->reader);
 	if (file->upper && wants_write(file->flags))
-		error = fallocate(file->fd, (int)in.mode, (off_t)in.offset, (off_t)in.length) != 0 ? errno : 0;
+		error = fallocate(file->fd, (int)in.mode, (off_t)in.offset, (off_t)in.length) != 0
+				? errno
+				: -kill_for_caller(ask, file);
 	file_put(ask->fs, file);
 	return ovl_lane_fail(ask, error);
 }
@@ -791,10 +860,10 @@ static bool is_not_in_kernel(int error)
 }
 
 /* Up to `len` bytes; how many were copied, 0 at the end, or -errno. */
-static ssize_t copy_some(struct ovl_lane_fs *fs, struct ovl_lane_file *from, uint64_t offset, int to, uint64_t to_offset,
+static ssize_t copy_some(const struct ovl_lane_ask *ask, struct ovl_lane_file *from, uint64_t offset, int to, uint64_t to_offset,
 			 size_t len)
 {
-	int fd = from->upper ? from->fd : follow_copy_up(fs, from);
+	int fd = from->upper ? from->fd : follow_copy_up(ask->fs, from);
 	unsigned char *piece;
 	ssize_t got;
 
@@ -812,7 +881,7 @@ static ssize_t copy_some(struct ovl_lane_fs *fs, struct ovl_lane_file *from, uin
 	piece = malloc(PIECE);
 	if (!piece)
 		return -ENOMEM;
-	got = read_file(fs, from, piece, len < PIECE ? len : PIECE, offset);
+	got = read_file(ask, from, piece, len < PIECE ? len : PIECE, offset);
 	if (got > 0) {
 		got = pwrite(to, piece, (size_t)got, (off_t)to_offset);
 		if (got < 0)
@@ -837,14 +906,17 @@ enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask)
 		return ovl_lane_fail(ask, EINVAL);
 	if (in.len > COPY_MAX)
 		in.len = COPY_MAX;
+	ovl_lane_yield(ask->answer->reader);
 	from = file_get(ask->fs, in.fh_in, ask->header.nodeid);
 	to = file_get(ask->fs, in.fh_out, in.nodeid_out);
 	if (from && to && to->upper && wants_write(to->flags)) {
 		for (n = 0; done < in.len; done += (uint64_t)n) {
-			n = copy_some(ask->fs, from, in.off_in + done, to->fd, in.off_out + done, (size_t)(in.len - done));
+			n = copy_some(ask, from, in.off_in + done, to->fd, in.off_out + done, (size_t)(in.len - done));
 			if (n <= 0)
 				break;
 		}
+		if (done > 0 && kill_for_caller(ask, to))
+			n = -EIO;
 	}
 	if (from)
 		file_put(ask->fs, from);

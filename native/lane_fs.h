@@ -32,6 +32,7 @@ struct ovl_lane_upper {
 	bool may_chown;   /* files can be given away */
 	bool devices;     /* whiteouts are devices 0:0 */
 	bool is_volatile; /* nothing is ever synced */
+	bool may_wait;    /* for a disk, that is: not a file system in memory */
 };
 
 /* A directory of the upperdir that was changed a moment ago; only between ovl_gate_change and _changed. */
@@ -67,6 +68,7 @@ struct ovl_lane_fs {
 	atomic_bool passthrough, killpriv, no_opendir;
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
+	uint32_t uid, gid;                       /* ours; immutable */
 };
 
 /* One request.  `body` is what follows the header: whole, but not believed. */
@@ -111,6 +113,9 @@ enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask);
 ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t flags, int fd, struct fuse_open_out *out);
 /* A descriptor of an upper file that somebody has open for writing, borrowed from the handle `fh`; -1: none. */
 int ovl_lane_file_fd(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid);
+/* Is it certain that the inode has no xattrs?  And: somebody may be about to set some. */
+bool ovl_lane_file_is_bare(struct ovl_lane_fs *fs, uint64_t nodeid);
+void ovl_lane_file_dress(struct ovl_lane_fs *fs, uint64_t nodeid);
 void ovl_lane_file_release(struct ovl_lane_fs *fs, uint64_t fh);
 /* An open file was truncated at the open: O_TRUNC sets the times also of an empty one. */
 ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh, bool kill);
@@ -132,6 +137,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask);
 /* lane_xattr.c */
 enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_statfs(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_readlink(struct ovl_lane_ask *ask);
 

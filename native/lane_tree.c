@@ -45,7 +45,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <string.h>
+#include <sys/vfs.h>
+#include <unistd.h>
 
 #define BLOCK_BYTES 4096u
 #define NS 1000000000ll
@@ -354,6 +357,7 @@ static const struct {
 	[FUSE_STATFS] = {ovl_lane_statfs, DATA},
 	[FUSE_RELEASE] = {ovl_lane_release, DATA},
 	[FUSE_FSYNC] = {ovl_lane_fsync, DATA},
+	[FUSE_SETXATTR] = {ovl_lane_setxattr, DATA},
 	[FUSE_GETXATTR] = {ovl_lane_getxattr, DATA},
 	[FUSE_LISTXATTR] = {ovl_lane_listxattr, DATA},
 	[FUSE_FLUSH] = {answer_never, DATA},
@@ -479,10 +483,15 @@ int ovl_lane_fs_patch(void *arg, const struct ovl_lane_pending *request, unsigne
 ovl_err_t ovl_lane_fs_init(struct ovl_lane_fs *fs, struct ovl_tree *tree, const struct ovl_lane_upper *upper, int dev_fd,
 			   bool no_open, bool passthrough)
 {
+	struct statfs where;
 	ovl_err_t err;
 
 	*fs = (struct ovl_lane_fs){.tree = tree, .upper = *upper, .dev_fd = dev_fd, .no_open = no_open};
 	atomic_init(&fs->passthrough, passthrough);
+	fs->uid = geteuid();
+	fs->gid = getegid();
+	if (upper->work_fd >= 0 && fstatfs(upper->work_fd, &where) == 0)
+		fs->upper.may_wait = where.f_type != TMPFS_MAGIC;
 	err = ovl_gate_init(&fs->gate);
 	if (err)
 		return err;

@@ -82,6 +82,8 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 		return ovl_lane_fail(ask, EIO);
 	memcpy(&in, ask->body, sizeof(in));
 	name = (const char *)ask->body + sizeof(in);
+	if (strcmp(name, "security.capability") == 0 && ovl_lane_file_is_bare(ask->fs, ask->header.nodeid))
+		return ovl_lane_fail(ask, ENODATA);
 	if (!is_plain(name) || ovl_tree_open_meta(ask->fs->tree, ask->header.nodeid, &meta))
 		return OVL_LANE_PASS;
 	if (meta.kind == OVL_DATA_TAR)
@@ -100,6 +102,12 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 	/* EOPNOTSUPP, EPERM: a kind of object, or a file system, that has no such xattrs (directory.py: getxattr()). */
 	if (error == ENODATA || error == EOPNOTSUPP || error == EPERM)
 		return ovl_lane_fail(ask, ENODATA);
+	return OVL_LANE_PASS;
+}
+
+enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask)
+{
+	ovl_lane_file_dress(ask->fs, ask->header.nodeid);
 	return OVL_LANE_PASS;
 }
 
