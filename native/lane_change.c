@@ -777,17 +777,19 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	if (fd < 0)
 		return pass(ask);
 	proc = proc_name(fd);
-	if (in.valid & FATTR_SIZE && truncate(proc.text, (off_t)in.size) != 0)
+	/* By an open file's own descriptor, or through that of the object (O_PATH), which takes another path. */
+	if (in.valid & FATTR_SIZE && (owned ? truncate(proc.text, (off_t)in.size) : ftruncate(fd, (off_t)in.size)) != 0)
 		err = -errno;
 	if (!err && in.valid & (FATTR_UID | FATTR_GID) &&
 	    fchownat(fd, "", in.valid & FATTR_UID ? in.uid : (uid_t)-1, in.valid & FATTR_GID ? in.gid : (gid_t)-1,
 		     AT_EMPTY_PATH) != 0)
 		err = -errno;
-	if (!err && in.valid & FATTR_MODE && !S_ISLNK(is.entry.attr.mode) && chmod(proc.text, in.mode & 07777) != 0)
+	if (!err && in.valid & FATTR_MODE && !S_ISLNK(is.entry.attr.mode) &&
+	    (owned ? chmod(proc.text, in.mode & 07777) : fchmod(fd, in.mode & 07777)) != 0)
 		err = -errno;
 	times[0] = time_of(in.valid, FATTR_ATIME, in.atime, in.atimensec);
 	times[1] = time_of(in.valid, FATTR_MTIME, in.mtime, in.mtimensec);
-	if (!err && in.valid & (FATTR_ATIME | FATTR_MTIME) && utimensat(fd, "", times, AT_EMPTY_PATH) != 0)
+	if (!err && in.valid & (FATTR_ATIME | FATTR_MTIME) && (owned ? utimensat(fd, "", times, AT_EMPTY_PATH) : futimens(fd, times)) != 0)
 		err = -errno;
 	/* Also what failed half way has changed something. */
 	if (ovl_lane_refresh(fs, nodeid, fd, &entry) && !err)

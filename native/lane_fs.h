@@ -69,6 +69,7 @@ struct ovl_lane_fs {
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
 	uint32_t uid, gid;                       /* ours; immutable */
+	bool selinux;                            /* the machine has it; immutable */
 };
 
 /* One request.  `body` is what follows the header: whole, but not believed. */

@@ -490,6 +490,7 @@ ovl_err_t ovl_lane_fs_init(struct ovl_lane_fs *fs, struct ovl_tree *tree, const 
 	atomic_init(&fs->passthrough, passthrough);
 	fs->uid = geteuid();
 	fs->gid = getegid();
+	fs->selinux = access("/sys/fs/selinux/enforce", F_OK) == 0;
 	if (upper->work_fd >= 0 && fstatfs(upper->work_fd, &where) == 0)
 		fs->upper.may_wait = where.f_type != TMPFS_MAGIC;
 	err = ovl_gate_init(&fs->gate);

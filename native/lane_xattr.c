@@ -53,6 +53,13 @@ static enum ovl_lane_verdict give(struct ovl_lane_ask *ask, uint32_t wanted, con
 	return OVL_LANE_ANSWERED;
 }
 
+/* No such xattr.  Labels of SELinux, where the machine has none: "not supported" makes ls(1) ask once a run and not once a
+ * file (coreutils, ls.c: getfilecon_cache()), a message each. */
+static enum ovl_lane_verdict give_none(struct ovl_lane_ask *ask, const char *name)
+{
+	return ovl_lane_fail(ask, !ask->fs->selinux && strcmp(name, "security.selinux") == 0 ? EOPNOTSUPP : ENODATA);
+}
+
 static enum ovl_lane_verdict get_from_tar(struct ovl_lane_ask *ask, uint32_t wanted, const struct ovl_data *meta,
 					  const char *name)
 {
@@ -66,7 +73,7 @@ static enum ovl_lane_verdict get_from_tar(struct ovl_lane_ask *ask, uint32_t wan
 	while ((more = ovl_index_next_xattr(&iter, &key, &key_len, &value, &value_len)) == 1)
 		if (key_len == strlen(name) && memcmp(key, name, key_len) == 0)
 			return give(ask, wanted, value, value_len);
-	return more < 0 ? OVL_LANE_PASS : ovl_lane_fail(ask, ENODATA);
+	return more < 0 ? OVL_LANE_PASS : give_none(ask, name);
 }
 
 enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
@@ -101,7 +108,7 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 	}
 	/* EOPNOTSUPP, EPERM: a kind of object, or a file system, that has no such xattrs (directory.py: getxattr()). */
 	if (error == ENODATA || error == EOPNOTSUPP || error == EPERM)
-		return ovl_lane_fail(ask, ENODATA);
+		return give_none(ask, name);
 	return OVL_LANE_PASS;
 }
 
