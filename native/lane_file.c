@@ -678,7 +678,7 @@ static ssize_t write_file(struct ovl_lane_fs *fs, const struct ovl_lane_file *fi
 			  unsigned char *bytes)
 {
 	struct iovec part = {.iov_base = bytes, .iov_len = in->size};
-	int how = file->flags & O_SYNC & ~O_DSYNC ? RWF_SYNC : file->flags & O_DSYNC ? RWF_DSYNC : 0;
+	int how = (file->flags & O_SYNC) == O_SYNC ? RWF_SYNC : file->flags & O_DSYNC ? RWF_DSYNC : 0;
 	struct stat st;
 	ssize_t n;
 
