@@ -145,9 +145,8 @@ static void forget_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 		}
 }
 
-/* A directory that can be changed here, or NULL: pass the request on.  Valid until the gate is left; what is known of it
- * until Python has had a request. */
-static struct ovl_lane_dir *need_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
+/* What is known of it is good until Python has had a request. */
+struct ovl_lane_dir *ovl_lane_need_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 {
 	struct ovl_description is;
 	struct ovl_lane_dir *dir;
@@ -185,8 +184,7 @@ static void refresh_dir(struct ovl_lane_fs *fs, const struct ovl_lane_dir *dir)
 	(void)ovl_lane_refresh(fs, dir->nodeid, dir->fd, &entry);
 }
 
-/* Kernel: ovl_set_impure(): an inode in it shows another number than its own. */
-static void set_impure(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir)
+void ovl_lane_set_impure(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir)
 {
 	char name[64];
 
@@ -214,7 +212,7 @@ static bool find_place(struct ovl_lane_fs *fs, uint64_t parent, const uint8_t *n
 	*out = (struct place){.bytes = name, .len = len};
 	if (len == 0 || terminated(name, len, out->name) || (name[0] == '.' && (len == 1 || (len == 2 && name[1] == '.'))))
 		return false;
-	out->dir = need_dir(fs, parent);
+	out->dir = ovl_lane_need_dir(fs, parent);
 	if (!out->dir || ovl_tree_lookup(fs->tree, parent, name, len, 0, &entry, &asked))
 		return false;
 	return entry.nodeid == 0 || ovl_tree_describe(fs->tree, entry.nodeid, false, &out->child) == 0;
@@ -477,6 +475,16 @@ enum ovl_lane_verdict ovl_lane_symlink(struct ovl_lane_ask *ask)
 	return make(ask, ask->body, len, S_IFLNK | 0777, 0, target);
 }
 
+/* An inode with a name, no directory, that has an object in the upperdir, now or already.  False: pass it on. */
+static bool need_upper(struct ovl_lane_fs *fs, uint64_t nodeid, struct ovl_description *is)
+{
+	if (ovl_tree_describe(fs->tree, nodeid, false, is) || S_ISDIR(is->entry.attr.mode) || !is->is_linked)
+		return false;
+	if (is->upper)
+		return true;
+	return ovl_lane_copy_up(fs, nodeid, OVL_LANE_COPY_META) == 0 && !ovl_tree_describe(fs->tree, nodeid, false, is);
+}
+
 enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 {
 	struct ovl_lane_fs *fs = ask->fs;
@@ -499,12 +507,15 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body + sizeof(in), len, &at) || at.child.entry.nodeid ||
-	    ovl_tree_describe(fs->tree, in.oldnodeid, false, &is) || !is.upper || is.metacopy || !is.is_linked ||
-	    S_ISDIR(is.entry.attr.mode))
+	    !need_upper(fs, in.oldnodeid, &is))
 		return pass(ask);
 	fd = ovl_tree_open_upper(fs->tree, in.oldnodeid, O_PATH | O_NOFOLLOW);
 	if (fd < 0)
 		return pass(ask);
+	if (is.metacopy && !is.redirect && ovl_lane_redirect_metacopy(fs, in.oldnodeid, proc_name(fd).text)) {
+		close(fd);
+		return pass(ask);
+	}
 	err = linkat(AT_FDCWD, proc_name(fd).text, at.dir->fd, at.name, AT_SYMLINK_FOLLOW) != 0 ? -errno : 0;
 	if (err == -EEXIST || err == -ENOENT || err == -EPERM) { /* a whiteout; a rule for others than plain files */
 		close(fd);
@@ -675,14 +686,18 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	if (!find_place(fs, ask->header.nodeid, ask->body + head, len, &from) ||
 	    !find_place(fs, in.newdir, ask->body + head + len + 1, new_len, &to))
 		return pass(ask);
-	/* The second may have taken the slot of the first. */
-	from.dir = need_dir(fs, ask->header.nodeid);
-	if (!from.dir || from.child.entry.nodeid == 0 || S_ISDIR(from.child.entry.attr.mode) || !from.child.upper ||
-	    from.child.metacopy || to.child.entry.nodeid == from.child.entry.nodeid)
+	if (from.child.entry.nodeid == 0 || S_ISDIR(from.child.entry.attr.mode) ||
+	    to.child.entry.nodeid == from.child.entry.nodeid)
 		return pass(ask);
 	if (to.child.entry.nodeid && in.flags & RENAME_NOREPLACE)
 		return done(ask, -EEXIST);
-	if (to.child.entry.nodeid && S_ISDIR(to.child.entry.attr.mode))
+	if ((to.child.entry.nodeid && S_ISDIR(to.child.entry.attr.mode)) ||
+	    !need_upper(fs, from.child.entry.nodeid, &from.child))
+		return pass(ask);
+	/* The second may have taken the slot of the first, and the copy-up that of both. */
+	from.dir = ovl_lane_need_dir(fs, ask->header.nodeid);
+	to.dir = ovl_lane_need_dir(fs, in.newdir);
+	if (!from.dir || !to.dir)
 		return pass(ask);
 	err = from.dir->has_lower ? ovl_tree_below(fs->tree, from.dir->nodeid, from.bytes, from.len) : OVL_ABSENT;
 	if (err && err != OVL_ABSENT)
@@ -695,6 +710,11 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	fd = openat(from.dir->fd, from.name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	if (fd < 0)
 		return pass(ask);
+	if (from.child.metacopy && !from.child.redirect &&
+	    ovl_lane_redirect_metacopy(fs, from.child.entry.nodeid, proc_name(fd).text)) {
+		close(fd);
+		return pass(ask);
+	}
 	if (to.child.entry.nodeid)
 		held = hold_last(fs, &to);
 	if (held < 0 && to.child.upper && to.child.name_count == 1 && ovl_tree_orphan(fs->tree, to.child.entry.nodeid) < 0)
@@ -711,9 +731,9 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	if (to.child.entry.nodeid)
 		lost_name(fs, &to, held);
 	if (from.dir->has_lower)
-		set_impure(fs, from.dir);
+		ovl_lane_set_impure(fs, from.dir);
 	if (to.dir->has_lower)
-		set_impure(fs, to.dir);
+		ovl_lane_set_impure(fs, to.dir);
 	refresh_dir(fs, from.dir);
 	refresh_dir(fs, to.dir);
 	(void)ovl_lane_refresh(fs, from.child.entry.nodeid, fd, &entry); /* its ctime */
@@ -753,7 +773,7 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	struct ovl_entry entry;
 	struct proc_name proc;
 	ovl_err_t err = 0;
-	bool owned;
+	bool owned, emptied = false;
 	int fd;
 
 	if (ask->size < sizeof(in))
@@ -764,12 +784,22 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	spell_kill_out(ask, &is, &in);
 	in.valid &= ~SET_KILL_SUIDGID;
 	memcpy(ask->body, &in, sizeof(in));
-	if (!is.upper || fs->upper.work_fd < 0 || (in.valid & FATTR_SIZE && (is.metacopy || in.size > INT64_MAX)) ||
+	if (fs->upper.work_fd < 0 || (in.valid & FATTR_SIZE && (is.metacopy || in.size > INT64_MAX)) ||
 	    (in.valid & (FATTR_MODE | FATTR_UID | FATTR_GID) && !fs->upper.direct) ||
 	    (in.valid & (FATTR_UID | FATTR_GID) && !fs->upper.may_chown))
 		return OVL_LANE_PASS;
 	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
+	if (!is.upper) {
+		emptied = in.valid & FATTR_SIZE && in.size == 0 && is.entry.attr.size > 0;
+		err = ovl_lane_copy_up(fs, nodeid, !(in.valid & FATTR_SIZE) ? OVL_LANE_COPY_META
+						   : in.size == 0	    ? OVL_LANE_COPY_EMPTY
+									    : OVL_LANE_COPY_DATA);
+		if (err > 0)
+			return pass(ask);
+		if (err)
+			return done(ask, err);
+	}
 	fd = in.valid & FATTR_FH ? ovl_lane_file_fd(fs, in.fh, nodeid) : -1;
 	owned = fd < 0;
 	if (owned)
@@ -789,6 +819,10 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 		err = -errno;
 	times[0] = time_of(in.valid, FATTR_ATIME, in.atime, in.atimensec);
 	times[1] = time_of(in.valid, FATTR_MTIME, in.mtime, in.mtimensec);
+	if (emptied && !(in.valid & FATTR_MTIME)) {
+		times[1].tv_nsec = UTIME_NOW; /* the copy was empty from the start */
+		in.valid |= FATTR_MTIME;
+	}
 	if (!err && in.valid & (FATTR_ATIME | FATTR_MTIME) && (owned ? utimensat(fd, "", times, AT_EMPTY_PATH) : futimens(fd, times)) != 0)
 		err = -errno;
 	/* Also what failed half way has changed something. */

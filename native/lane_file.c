@@ -425,7 +425,7 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 	struct ovl_lane_fs *fs = ask->fs;
 	struct fuse_open_out out;
 	struct fuse_open_in in;
-	bool change;
+	bool change, gated;
 	ovl_err_t err;
 
 	if (ask->size < sizeof(in))
@@ -434,13 +434,22 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 	change = wants_write(in.flags) || in.flags & O_TRUNC;
 	if (fs->no_open)
 		return ovl_lane_fail(ask, change ? EROFS : ENOSYS);
-	if (change && !ovl_tree_has_upper_data(fs->tree, ask->header.nodeid))
-		return OVL_LANE_PASS; /* has to be copied up; then ovl_lane_fs_patch opens it */
-	if (in.flags & O_TRUNC && !ovl_gate_change(&fs->gate))
+	gated = in.flags & O_TRUNC || (change && !ovl_tree_has_upper_data(fs->tree, ask->header.nodeid));
+	if (gated && fs->upper.may_wait)
+		ovl_lane_yield(ask->answer->reader);
+	if (gated && !ovl_gate_change(&fs->gate))
 		return OVL_LANE_PASS;
+	if (gated && !ovl_tree_has_upper_data(fs->tree, ask->header.nodeid)) {
+		err = ovl_lane_copy_up(fs, ask->header.nodeid, in.flags & O_TRUNC ? OVL_LANE_COPY_EMPTY : OVL_LANE_COPY_DATA);
+		if (err) {
+			ovl_gate_changed(&fs->gate);
+			/* What is passed on Python copies up; then ovl_lane_fs_patch opens it. */
+			return err > 0 ? OVL_LANE_PASS : ovl_lane_fail(ask, -err);
+		}
+	}
 	err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), -1, &out);
-	if (in.flags & O_TRUNC) {
-		if (!err) {
+	if (gated) {
+		if (!err && in.flags & O_TRUNC) {
 			err = ovl_lane_truncate_opened(fs, ask->header.nodeid, out.fh, in.open_flags & OPEN_KILL_SUIDGID);
 			if (err)
 				ovl_lane_file_release(fs, out.fh);

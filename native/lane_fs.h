@@ -4,10 +4,11 @@
  *      lane.c ---> lane_tree.c   who answers this opcode? names, attributes, listings
  *                  lane_file.c   open files: data, holes, passthrough
  *                  lane_change.c changes of what is in the upperdir already
+ *                  lane_copy_up.c the plain case of bringing it there
  *                  lane_xattr.c  extended attributes, flags, statfs
  *
  * Nothing here decides what overlayfs means: that is ovlfs/overlay/, the reference for every handler.  A handler answers
- * what needs no decision (nothing is copied up), and passes the rest on.
+ * the plain cases, and passes the rest on.
  *
  * Ownership: struct ovl_lane_fs owns its gate, its open files and its directory descriptors; the tree, the descriptor of
  * the device and that of the workdir are borrowed and must outlive it.
@@ -32,6 +33,7 @@ struct ovl_lane_upper {
 	bool may_chown;   /* files can be given away */
 	bool devices;     /* whiteouts are devices 0:0 */
 	bool is_volatile; /* nothing is ever synced */
+	bool metacopy;    /* attributes can be copied up without the data */
 	bool may_wait;    /* for a disk, that is: not a file system in memory */
 };
 
@@ -68,6 +70,7 @@ struct ovl_lane_fs {
 	atomic_bool passthrough, killpriv, no_opendir;
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
+	atomic_uint_fast64_t copied_files, copied_bytes; /* copied up here */
 	uint32_t uid, gid;                       /* ours; immutable */
 	bool selinux;                            /* the machine has it; immutable */
 };
@@ -126,6 +129,10 @@ ovl_err_t ovl_lane_refresh(struct ovl_lane_fs *fs, uint64_t nodeid, int fd, stru
 void ovl_lane_dirs_close(struct ovl_lane_fs *fs);
 /* What is left of a mode when somebody else has written to the file. */
 uint32_t ovl_lane_mode_killed(uint32_t mode);
+/* A directory that can be changed here, or NULL: pass the request on.  Valid until the gate is left. */
+struct ovl_lane_dir *ovl_lane_need_dir(struct ovl_lane_fs *fs, uint64_t nodeid);
+/* An inode in it shows another number than its own.  Kernel: ovl_set_impure(). */
+void ovl_lane_set_impure(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir);
 enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_create(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_mkdir(struct ovl_lane_ask *ask);
@@ -134,6 +141,17 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_unlink(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_rmdir(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask);
+
+/* lane_copy_up.c; the gate is ours */
+enum ovl_lane_copy {
+	OVL_LANE_COPY_META,  /* attributes; the data stays below */
+	OVL_LANE_COPY_DATA,
+	OVL_LANE_COPY_EMPTY, /* nobody will miss the data */
+};
+/* OVL_ASK: not the plain case, pass the request on; nothing has changed. */
+ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how);
+/* A metacopy gets another name: it has to say where its data is.  `object`: a path of the object.  OVL_ASK as above. */
+ovl_err_t ovl_lane_redirect_metacopy(struct ovl_lane_fs *fs, uint64_t nodeid, const char *object);
 
 /* lane_xattr.c */
 enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask);

@@ -44,11 +44,11 @@ static void lane_end(struct ovl_lane *lane, struct ovl_lane_fs *fs)
 	free(fs);
 }
 
-/* `upper`: (work_fd, prefix, direct, may_chown, devices, volatile), or None. */
+/* `upper`: (work_fd, prefix, direct, may_chown, devices, volatile, metacopy), or None. */
 static int take_upper(PyObject *upper, struct ovl_lane_upper *out)
 {
 	const char *prefix;
-	int direct, may_chown, devices, is_volatile;
+	int direct, may_chown, devices, is_volatile, metacopy;
 
 	*out = (struct ovl_lane_upper){.work_fd = -1, .prefix = "user.overlay."};
 	if (upper == Py_None)
@@ -57,12 +57,14 @@ static int take_upper(PyObject *upper, struct ovl_lane_upper *out)
 		PyErr_SetString(PyExc_TypeError, "upper is a tuple, or None");
 		return -1;
 	}
-	if (!PyArg_ParseTuple(upper, "ispppp:upper", &out->work_fd, &prefix, &direct, &may_chown, &devices, &is_volatile))
+	if (!PyArg_ParseTuple(upper, "isppppp:upper", &out->work_fd, &prefix, &direct, &may_chown, &devices, &is_volatile,
+			      &metacopy))
 		return -1;
 	out->direct = direct;
 	out->may_chown = may_chown;
 	out->devices = devices;
 	out->is_volatile = is_volatile;
+	out->metacopy = metacopy;
 	if (strcmp(prefix, "trusted.overlay.") == 0)
 		out->prefix = "trusted.overlay.";
 	else if (strcmp(prefix, "user.overlay.") != 0) {

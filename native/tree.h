@@ -199,6 +199,10 @@ bool ovl_tree_has_upper_data(struct ovl_tree *tree, uint64_t nodeid);
  * -EROFS: it has none. */
 int ovl_tree_open_upper(struct ovl_tree *tree, uint64_t nodeid, int flags);
 
+/* The absolute path under which the layers below know an inode (namei.py: redirect_of()), not terminated; the caller frees
+ * it.  OVL_ASK: an ancestor was moved, or it is too long. */
+ovl_err_t ovl_tree_redirect(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, size_t *len);
+
 /* Would the layers below the upperdir show `name` in this directory?  0: yes; OVL_ABSENT: no; OVL_ASK. */
 ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len);
 

@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* ---- what is kept ------------------------------------------------------------------------------------- */
@@ -364,6 +365,39 @@ int ovl_tree_open_upper(struct ovl_tree *tree, uint64_t nodeid, int flags)
 		fd = node->flags & NODE_UPPER ? open_upper(tree, node, flags) : -EROFS;
 	pthread_rwlock_unlock(&tree->lock);
 	return fd;
+}
+
+#define REDIRECT_MAX 256u /* kernel: super.c: ovl_redirect_max */
+
+ovl_err_t ovl_tree_redirect(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, size_t *len)
+{
+	uint8_t *plain = NULL;
+	struct node *node;
+	ovl_err_t err;
+
+	*path = NULL;
+	pthread_rwlock_rdlock(&tree->lock);
+	err = ovl_tree_find(tree, nodeid, &node);
+	for (const struct node *at = err ? NULL : node; at; at = at->parent)
+		if (at->flags & NODE_REDIRECT)
+			err = OVL_ASK;
+	if (!err)
+		err = ovl_node_path(tree, node, &plain, len);
+	pthread_rwlock_unlock(&tree->lock);
+	if (!err && *len + 1 > REDIRECT_MAX)
+		err = OVL_ASK;
+	if (!err) {
+		*path = malloc(*len + 1);
+		if (*path) {
+			(*path)[0] = '/';
+			memcpy(*path + 1, plain, *len);
+			*len += 1;
+		} else {
+			err = -ENOMEM;
+		}
+	}
+	free(plain);
+	return err;
 }
 
 ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len)

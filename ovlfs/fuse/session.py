@@ -149,13 +149,13 @@ def _tree_for_lane(stack: Stack, operations: Operations) -> Tree | None:
     return tree if isinstance(tree, Tree) and reads_all(stack.layers) else None
 
 
-def _upper_for_lane(stack: Stack) -> tuple[int, str, bool, bool, bool, bool] | None:
+def _upper_for_lane(stack: Stack) -> tuple[int, str, bool, bool, bool, bool, bool] | None:
     """What the lane has to know to change the upperdir itself (native/lane_fs.h: struct ovl_lane_upper)."""
     upper = stack.upper
     if upper is None:
         return None
     direct = isinstance(upper.owner, DirectOwner)
-    return upper.work_fd, upper.prefix.decode("ascii"), direct, direct, upper.devices, stack.volatile
+    return upper.work_fd, upper.prefix.decode("ascii"), direct, direct, upper.devices, stack.volatile, stack.metacopy
 
 
 def _unmount_rest(mountpoint: bytes, ours: mounting.MountEntry | None) -> None:
