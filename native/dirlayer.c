@@ -178,6 +178,31 @@ static int opaque_is(const struct ovl_dirlayer *layer, const char *path, int fd,
 	return got == 1 && value == letter;
 }
 
+/* listxattrat(2), Linux 6.13: spares the way through /proc, which is most of what asking for an xattr costs. */
+#ifndef SYS_listxattrat
+#define SYS_listxattrat 465
+#endif
+#define LIST_BYTES 1024u
+
+/* False: no xattr of the object can be the overlay's or say something else about a layer: none is, on most objects.  True
+ * if that is not known. */
+static bool may_have_own(const struct ovl_dirlayer *layer, int dirfd, const char *name)
+{
+	char list[LIST_BYTES];
+	long size = syscall(SYS_listxattrat, dirfd, name, AT_SYMLINK_NOFOLLOW, list, sizeof(list));
+
+	if (size < 0)
+		return errno != EOPNOTSUPP && errno != ENOTSUP;
+	for (size_t at = 0; at < (size_t)size; at += strlen(list + at) + 1) {
+		if (strncmp(list + at, "user.fuseoverlayfs.", 19) == 0 || strcmp(list + at, OVERRIDE_XATTR) == 0)
+			return true;
+		for (size_t i = 0; i < layer->prefix_count; i++)
+			if (strncmp(list + at, layer->prefix[i], strlen(layer->prefix[i])) == 0)
+				return true;
+	}
+	return false;
+}
+
 /* ---- lookup ------------------------------------------------------------------------------------------- */
 
 static int exists_at(int dirfd, const char *name)
@@ -208,9 +233,9 @@ static bool has_whiteout_prefix(const uint8_t *name, size_t len)
 }
 
 static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct proc_path *at, const uint8_t *name,
-		     size_t len)
+		     size_t len, bool own)
 {
-	int yes = opaque_is(layer, at->text, -1, 'y');
+	int yes = own ? opaque_is(layer, at->text, -1, 'y') : 0;
 	char value = 0;
 	ssize_t got;
 	int fd;
@@ -225,7 +250,7 @@ static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct p
 		return fd;
 	yes = exists_at(fd, OPAQUE_NAME);
 	close(fd);
-	if (yes != 0)
+	if (yes != 0 || !own)
 		return yes;
 	got = get_xattr(at->text, -1, "user.fuseoverlayfs.opaque", &value, 1);
 	if (got < 0)
@@ -239,6 +264,7 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 	struct proc_path at;
 	ovl_err_t err = proc_path(&at, dirfd, name, len);
 	const char *base = strrchr(at.text, '/') + 1;
+	bool own;
 	int yes;
 
 	if (err)
@@ -256,10 +282,13 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 	switch (out->st.st_mode & S_IFMT) {
 	case S_IFDIR:
 		out->what = OVL_DIRECTORY;
-		yes = is_opaque(layer, dirfd, &at, name, len);
+		own = may_have_own(layer, dirfd, base);
+		yes = is_opaque(layer, dirfd, &at, name, len, own);
 		if (yes < 0)
 			return yes;
 		out->opaque = yes == 1;
+		if (!own)
+			return 0;
 		yes = has_own_xattr(layer, at.text, "redirect");
 		return yes == 1 ? OVL_ASK : yes;
 	case S_IFCHR:
@@ -267,6 +296,8 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 			out->what = OVL_WHITEOUT;
 		return 0;
 	case S_IFREG:
+		if (!may_have_own(layer, dirfd, base))
+			return 0;
 		if (out->st.st_size == 0) {
 			yes = has_own_xattr(layer, at.text, "whiteout");
 			if (yes == 1)

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #endif
 #include "lane.h"
+#include "gate.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -17,12 +18,14 @@
 #include <linux/fuse.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -38,18 +41,15 @@
 #define OVL_LANE_SEND send
 #endif
 
-/* Newer than the headers of some distributions. */
-#define OP_SYNCFS 50u
-#define OP_TMPFILE 51u
-#define OP_STATX 52u
-#define OP_COPY_FILE_RANGE_64 53u
-
 #define HEADER_BYTES 4096u /* beside max_write: what the kernel wants in a read buffer, and more (FUSE_MIN_READ_BUFFER) */
 #define FORGETS_MAX 2048u  /* in one message: 32 KiB */
 #define SOCKET_BYTES (1 << 20)
 #define SEND_TRIES 50
 #define SEND_PAUSE_NS 10000000L
 #define STOP_SECONDS 5
+#define WAKE_SIGNAL (SIGRTMAX - 1) /* ends a read(2); nothing else is done with it */
+#define WAKE_EVERY_NS 5000000L
+#define LEADERS_MAX 8
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
@@ -61,14 +61,15 @@ static_assert(sizeof(struct fuse_in_header) + sizeof(struct fuse_batch_forget_in
 	      FORGETS_MAX * sizeof(struct fuse_forget_one) <= OVL_LANE_MESSAGE_MAX, "a cut BATCH_FORGET fits");
 static_assert(sizeof(struct fuse_out_header) + OVL_LANE_LIST_MAX <= OVL_LANE_MESSAGE_MAX, "a listing fits");
 
-/* A request that is with Python. */
-struct pending {
-	uint64_t unique;
-	uint32_t opcode;
-};
-
 struct counters {
 	atomic_uint_fast64_t forwarded, extra, answered;
+};
+
+struct ovl_lane_reader {
+	struct ovl_lane *lane;
+	pthread_t thread;
+	bool leads; /* the thread's own */
+	unsigned char *request, *answer; /* buffer_bytes each */
 };
 
 struct ovl_lane {
@@ -77,13 +78,15 @@ struct ovl_lane {
 	size_t buffer_bytes, max_write;  /* immutable */
 	size_t queue_bytes_max, queue_count_max;
 
-	unsigned char *request; /* the reader's; buffer_bytes */
 	unsigned char *reply;   /* the writer's; buffer_bytes */
-	unsigned char *answer;  /* the reader's; buffer_bytes; NULL: nothing is answered natively */
-	struct ovl_lane_native native; /* immutable */
+	struct ovl_lane_native native; /* immutable; .answer NULL: nothing is answered natively */
 
-	pthread_t reader, writer, notifier;
-	bool reader_runs, writer_runs; /* the owner's thread only */
+	struct ovl_lane_reader readers[OVL_LANE_READERS]; /* protected by lock: which there are */
+	size_t reader_count;                     /* protected by lock */
+	size_t leaders, leaders_max, followers;  /* protected by lock; leaders_max immutable; followers: who wait for the lead */
+	pthread_cond_t lead;                     /* protected by lock: there is one leader less, or we stop */
+	pthread_t writer, notifier;
+	bool started, writer_runs; /* the owner's thread only */
 
 	atomic_bool stopping;
 	atomic_int end_reason;
@@ -97,11 +100,9 @@ struct ovl_lane {
 	size_t queue_bytes, queue_count;              /* protected by lock */
 	struct ovl_lane_request *note, **last_note;   /* notifications; protected by lock */
 	bool notifier_runs;                           /* protected by lock */
-	struct pending pending[OVL_LANE_PENDING];     /* protected by lock; only with native answers */
-	size_t pending_count, unlisted, renames;      /* protected by lock; unlisted: with Python, but not in `pending` */
-
-	/* Held from where a native answer is looked up until it is written.  Taken before `lock`. */
-	pthread_mutex_t order;
+	struct ovl_lane_pending *pending;             /* protected by lock; only with native answers; a hash table by
+	                                                 unique, which is never 0 */
+	size_t pending_count, pending_mask;           /* protected by lock */
 
 	struct counters counters[OVL_LANE_OPCODES];
 	atomic_uint_fast64_t replies, interrupted, refused, undeliverable, notifications, dropped;
@@ -207,64 +208,114 @@ static bool is_rename(uint32_t opcode)
 	return opcode == FUSE_RENAME || opcode == FUSE_RENAME2;
 }
 
-/* Before it is handed on. */
-static void note_request(struct ovl_lane *lane, const struct fuse_in_header *header)
+static size_t pending_home(const struct ovl_lane *lane, uint64_t unique)
 {
-	if (!lane->answer || !has_reply(header->opcode))
-		return;
-	pthread_mutex_lock(&lane->lock);
-	if (lane->pending_count < OVL_LANE_PENDING) {
-		lane->pending[lane->pending_count++] = (struct pending){header->unique, header->opcode};
-		lane->renames += is_rename(header->opcode);
-	} else {
-		lane->unlisted++;
-	}
-	pthread_mutex_unlock(&lane->lock);
+	return (size_t)(unique * 0x9E3779B97F4A7C15ull >> 32) & lane->pending_mask;
 }
 
-/* Its reply is here: its opcode, 0 if that is not known. */
-static uint32_t take_request(struct ovl_lane *lane, uint64_t unique)
+static void pending_enter(struct ovl_lane *lane, const struct ovl_lane_pending *request)
 {
-	uint32_t opcode = 0;
-	size_t at = 0;
+	size_t at = pending_home(lane, request->unique);
 
-	if (!lane->answer)
+	while (lane->pending[at].unique)
+		at = (at + 1) & lane->pending_mask;
+	lane->pending[at] = *request;
+	lane->pending_count++;
+}
+
+static ovl_err_t pending_reserve(struct ovl_lane *lane)
+{
+	size_t before = lane->pending ? lane->pending_mask + 1 : 0, room = before ? before * 2 : 256;
+	struct ovl_lane_pending *old = lane->pending, *table;
+
+	if (lane->pending_count < before / 2)
 		return 0;
-	pthread_mutex_lock(&lane->lock);
-	while (at < lane->pending_count && lane->pending[at].unique != unique)
-		at++;
-	if (at < lane->pending_count) {
-		opcode = lane->pending[at].opcode;
-		lane->renames -= is_rename(opcode);
-		lane->pending[at] = lane->pending[--lane->pending_count];
-	} else if (lane->unlisted > 0) {
-		lane->unlisted--;
-	}
-	pthread_mutex_unlock(&lane->lock);
-	return opcode;
+	table = calloc(room, sizeof(*table));
+	if (!table)
+		return -ENOMEM;
+	lane->pending = table;
+	lane->pending_mask = room - 1;
+	lane->pending_count = 0;
+	for (size_t i = 0; i < before; i++)
+		if (old[i].unique)
+			pending_enter(lane, &old[i]);
+	free(old);
+	return 0;
 }
 
-/* The reader's thread, which is the one that hands on: what is not so now does not become so while it looks. */
-static unsigned situation(struct ovl_lane *lane)
+static struct ovl_lane_pending describe_request(const struct fuse_in_header *header, const unsigned char *message)
 {
-	unsigned found = 0;
+	struct ovl_lane_pending request = {.unique = header->unique, .nodeid = header->nodeid, .opcode = header->opcode};
+	struct fuse_open_in in;
 
+	/* All three begin with the flags of open(2). */
+	if ((header->opcode == FUSE_OPEN || header->opcode == FUSE_CREATE || header->opcode == OP_TMPFILE) &&
+	    header->len >= sizeof(*header) + sizeof(in)) {
+		memcpy(&in, message + sizeof(*header), sizeof(in));
+		request.flags = in.flags;
+		request.kill = header->opcode == FUSE_OPEN && in.open_flags & 1u; /* FUSE_OPEN_KILL_SUIDGID */
+	}
+	return request;
+}
+
+/* Before it is handed on.  -ENOMEM: it must not be. */
+static ovl_err_t note_request(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+{
+	struct ovl_lane_pending request;
+	ovl_err_t err;
+
+	if (!lane->native.answer || !has_reply(header->opcode) || header->unique == 0)
+		return 0;
+	request = describe_request(header, message);
+	ovl_gate_hand_over(lane->native.gate, is_rename(header->opcode));
 	pthread_mutex_lock(&lane->lock);
-	if (lane->pending_count > 0 || lane->unlisted > 0)
-		found |= OVL_LANE_BUSY;
-	if (lane->renames > 0 || lane->unlisted > 0)
-		found |= OVL_LANE_RENAMING;
+	err = pending_reserve(lane);
+	if (!err)
+		pending_enter(lane, &request);
 	pthread_mutex_unlock(&lane->lock);
-	if (atomic_load(&lane->init_offered) & FUSE_NO_OPENDIR_SUPPORT)
-		found |= OVL_LANE_NO_OPENDIR;
+	if (err)
+		ovl_gate_returned(lane->native.gate, is_rename(header->opcode));
+	return err;
+}
+
+/* Its reply is here; opcode 0: it is not known. */
+static struct ovl_lane_pending take_request(struct ovl_lane *lane, uint64_t unique)
+{
+	struct ovl_lane_pending found = {0};
+
+	if (!lane->native.answer || unique == 0)
+		return found;
+	pthread_mutex_lock(&lane->lock);
+	if (lane->pending) {
+		size_t mask = lane->pending_mask, hole = pending_home(lane, unique);
+
+		while (lane->pending[hole].unique && lane->pending[hole].unique != unique)
+			hole = (hole + 1) & mask;
+		found = lane->pending[hole];
+		if (found.unique)
+			lane->pending_count--;
+		for (size_t at = (hole + 1) & mask; found.unique && lane->pending[at].unique; at = (at + 1) & mask) {
+			size_t home = pending_home(lane, lane->pending[at].unique);
+
+			if (((at - home) & mask) >= ((at - hole) & mask)) {
+				lane->pending[hole] = lane->pending[at];
+				hole = at;
+			}
+		}
+		if (found.unique)
+			lane->pending[hole].unique = 0;
+	}
+	pthread_mutex_unlock(&lane->lock);
+	if (found.unique)
+		ovl_gate_returned(lane->native.gate, is_rename(found.opcode));
 	return found;
 }
 
 /* A reply of Python is about to be written: native answers that were looked up before are written first. */
 static void await_order(struct ovl_lane *lane)
 {
-	pthread_mutex_lock(&lane->order);
-	pthread_mutex_unlock(&lane->order);
+	if (lane->native.answer)
+		ovl_gate_barrier(lane->native.gate);
 }
 
 /* ---- INIT -------------------------------------------------------------------------------------------------------- */
@@ -281,7 +332,17 @@ static const struct {
 	{.set = FUSE_PARALLEL_DIROPS, .native = true},
 	{.set = FUSE_CACHE_SYMLINKS, .native = true},
 	{.set = FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO, .native = true},
+	/* Who writes loses set-user-ID bits and capabilities: seen to in lane_file.c and lane_change.c, so that the kernel
+	 * need not ask for security.capability at every write. */
+	{.set = FUSE_HANDLE_KILLPRIV_V2, .native = true},
+	/* Nobody else writes, so pages stay until we say so, whatever mtime says. */
+	{.set = FUSE_EXPLICIT_INVAL_DATA, .clear = FUSE_AUTO_INVAL_DATA, .native = true},
+	{.set = FUSE_ASYNC_DIO, .native = true},
 };
+
+#define MAX_BACKGROUND 64u
+#define CONGESTION 48u
+#define STACK_DEPTH 1u /* with passthrough: files of the upperdir lie on no stacked file system */
 
 /* The request, before pyfuse3 sees it: without MAX_PAGES libfuse keeps to buffers of 128 KiB, and so much is never
  * sent through the socket. */
@@ -319,7 +380,7 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 	memcpy(&out, message + sizeof(header), sizeof(out));
 	flags = out.flags | (uint64_t)out.flags2 << 32;
 	for (size_t i = 0; i < sizeof(init_flags) / sizeof(init_flags[0]); i++) {
-		if (init_flags[i].native && !lane->answer)
+		if (init_flags[i].native && !lane->native.answer)
 			continue;
 		flags |= init_flags[i].set & offered;
 		flags &= ~init_flags[i].clear;
@@ -331,6 +392,17 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 		most = 32 * page; /* what a request holds in such a kernel: FUSE_DEFAULT_MAX_PAGES_PER_REQ */
 	}
 	out.max_write = (uint32_t)most;
+	if (lane->native.answer) {
+		flags |= lane->native.init_flags & offered;
+		if (flags >> 32 && offered & FUSE_INIT_EXT)
+			flags |= FUSE_INIT_EXT;
+		if (flags & OVL_LANE_INIT_PASSTHROUGH)
+			out.unused[0] = STACK_DEPTH; /* max_stack_depth, in newer headers */
+		out.max_background = MAX_BACKGROUND;
+		out.congestion_threshold = CONGESTION;
+		if (lane->native.agree)
+			lane->native.agree(lane->native.arg, offered, flags);
+	}
 	out.flags = (uint32_t)flags;
 	out.flags2 = (uint32_t)(flags >> 32);
 	memcpy(message + sizeof(header), &out, sizeof(out));
@@ -341,51 +413,59 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 enum route { FORWARD, EXTRA, ANSWERED };
 
 /* Looks at a request (which it may change) and answers it or says who shall.  The reader's thread. */
-typedef enum route (*handler_t)(struct ovl_lane *lane, unsigned char *message, size_t size);
+typedef enum route (*handler_t)(struct ovl_lane_reader *reader, unsigned char *message, size_t size);
 
 /* One message to pyfuse3; waits while the socket is full. */
-static ovl_err_t send_to_session(struct ovl_lane *lane, const unsigned char *message, size_t size)
+static ovl_err_t send_to_session(struct ovl_lane_reader *reader, const unsigned char *message, size_t size)
 {
 	const struct timespec pause = {.tv_nsec = SEND_PAUSE_NS};
+	struct ovl_lane *lane = reader->lane;
+	int how = MSG_NOSIGNAL | MSG_DONTWAIT;
 
 	for (int tries = 0;;) {
-		if (OVL_LANE_SEND(lane->session_fd, message, size, MSG_NOSIGNAL) >= 0)
+		if (OVL_LANE_SEND(lane->session_fd, message, size, how) >= 0)
 			return 0;
 		if (errno == EINTR)
 			continue;
+		if (errno == EAGAIN && how & MSG_DONTWAIT) {
+			ovl_lane_yield(reader);
+			how = MSG_NOSIGNAL;
+			continue;
+		}
 		if ((errno != ENOBUFS && errno != ENOMEM) || ++tries == SEND_TRIES || atomic_load(&lane->stopping))
 			return -errno;
+		ovl_lane_yield(reader);
 		nanosleep(&pause, NULL);
 	}
 }
 
-static enum route answer_extra(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_extra(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
-	(void)lane, (void)message, (void)size;
+	(void)reader, (void)message, (void)size;
 	return EXTRA;
 }
 
-static enum route answer_unknown(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_unknown(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_in_header header;
 
 	(void)size;
 	memcpy(&header, message, sizeof(header));
-	put_error(lane, header.unique, ENOSYS);
+	put_error(reader->lane, header.unique, ENOSYS);
 	return ANSWERED;
 }
 
-static enum route answer_init(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_init(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
-	note_init(lane, message, size);
+	note_init(reader->lane, message, size);
 	return FORWARD;
 }
 
-static enum route answer_listing(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_listing(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_read_in in;
 
-	(void)lane;
+	(void)reader;
 	if (size >= sizeof(struct fuse_in_header) + sizeof(in)) {
 		memcpy(&in, message + sizeof(struct fuse_in_header), sizeof(in));
 		if (in.size > OVL_LANE_LIST_MAX)
@@ -397,7 +477,7 @@ static enum route answer_listing(struct ovl_lane *lane, unsigned char *message, 
 
 /* A BATCH_FORGET can be as long as the read buffer: cut it.  The header is put anew before each part, over what was
  * sent already. */
-static enum route answer_batch_forget(struct ovl_lane *lane, unsigned char *message, size_t size)
+static enum route answer_batch_forget(struct ovl_lane_reader *reader, unsigned char *message, size_t size)
 {
 	struct fuse_in_header header;
 	struct fuse_batch_forget_in in;
@@ -418,8 +498,8 @@ static enum route answer_batch_forget(struct ovl_lane *lane, unsigned char *mess
 		header.len = (uint32_t)(before + bytes);
 		memcpy(message + at - before, &header, sizeof(header));
 		memcpy(message + at - sizeof(in), &in, sizeof(in));
-		if (send_to_session(lane, message + at - before, header.len) < 0)
-			count(&lane->dropped);
+		if (send_to_session(reader, message + at - before, header.len) < 0)
+			count(&reader->lane->dropped);
 		at += bytes;
 		left -= now;
 	}
@@ -448,22 +528,29 @@ static const handler_t handlers[OVL_LANE_OPCODES] = {
 static void refuse(struct ovl_lane *lane, const struct fuse_in_header *header, int error)
 {
 	count(&lane->undeliverable);
-	take_request(lane, header->unique);
+	(void)take_request(lane, header->unique);
 	if (has_reply(header->opcode))
 		put_error(lane, header->unique, error);
 }
 
-static void forward(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+static void forward(struct ovl_lane_reader *reader, const struct fuse_in_header *header, const unsigned char *message)
 {
-	ovl_err_t err = send_to_session(lane, message, header->len);
+	ovl_err_t err = send_to_session(reader, message, header->len);
 
 	if (err)
-		refuse(lane, header, err == -ENOBUFS || err == -ENOMEM ? ENOMEM : EIO);
+		refuse(reader->lane, header, err == -ENOBUFS || err == -ENOMEM ? ENOMEM : EIO);
 }
 
 /* Append to the queue; waits while it is full. */
-static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, const unsigned char *message)
+static bool queue_is_full(const struct ovl_lane *lane, size_t more)
 {
+	return lane->first && !atomic_load(&lane->stopping) &&
+	       (lane->queue_count >= lane->queue_count_max || lane->queue_bytes + more > lane->queue_bytes_max);
+}
+
+static void enqueue(struct ovl_lane_reader *reader, const struct fuse_in_header *header, const unsigned char *message)
+{
+	struct ovl_lane *lane = reader->lane;
 	struct ovl_lane_request *request = malloc(sizeof(*request) + header->len);
 
 	if (!request) {
@@ -474,8 +561,12 @@ static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, 
 	request->size = header->len;
 	memcpy(request->message, message, header->len);
 	pthread_mutex_lock(&lane->lock);
-	while (lane->first && !atomic_load(&lane->stopping) &&
-	       (lane->queue_count >= lane->queue_count_max || lane->queue_bytes + request->size > lane->queue_bytes_max))
+	if (queue_is_full(lane, request->size)) {
+		pthread_mutex_unlock(&lane->lock);
+		ovl_lane_yield(reader);
+		pthread_mutex_lock(&lane->lock);
+	}
+	while (queue_is_full(lane, request->size))
 		pthread_cond_wait(&lane->room, &lane->lock);
 	if (!lane->first)
 		raise_event(lane->extra_fd);
@@ -487,17 +578,18 @@ static void enqueue(struct ovl_lane *lane, const struct fuse_in_header *header, 
 }
 
 /* False: the request, which may have changed, has to be handed on. */
-static bool answer_natively(struct ovl_lane *lane, unsigned char *message, size_t *size)
+static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 {
-	struct ovl_lane_answer answer = {.body = lane->answer, .room = lane->buffer_bytes - sizeof(struct fuse_out_header)};
+	struct ovl_lane *lane = reader->lane;
+	struct ovl_lane_answer answer = {.body = reader->answer, .reader = reader};
 	struct fuse_in_header request;
 	struct fuse_out_header header;
 	struct iovec parts[2];
 	enum ovl_lane_verdict verdict;
 
-	memcpy(&request, message, sizeof(request));
-	pthread_mutex_lock(&lane->order);
-	verdict = lane->native.answer(lane->native.arg, situation(lane), message, size, &answer);
+	answer.room = lane->buffer_bytes - sizeof(struct fuse_out_header);
+	memcpy(&request, reader->request, sizeof(request));
+	verdict = lane->native.answer(lane->native.arg, reader->request, size, &answer);
 	if (verdict == OVL_LANE_ANSWERED) {
 		header = (struct fuse_out_header){
 			.len = (uint32_t)(sizeof(header) + answer.size),
@@ -506,26 +598,32 @@ static bool answer_natively(struct ovl_lane *lane, unsigned char *message, size_
 		};
 		parts[0] = (struct iovec){.iov_base = &header, .iov_len = sizeof(header)};
 		parts[1] = (struct iovec){.iov_base = answer.body, .iov_len = answer.size};
+		if (answer.changed)
+			ovl_gate_barrier(lane->native.gate);
 		put_reply(lane, request.unique, parts, answer.size ? 2 : 1);
 	}
-	pthread_mutex_unlock(&lane->order);
+	if (answer.looking)
+		ovl_gate_looked(lane->native.gate);
 	return verdict != OVL_LANE_PASS;
 }
 
 /* pyfuse3 does not bind READDIR, which comes only with FUSE_READDIRPLUS_AUTO. */
-static enum route route_of(struct ovl_lane *lane, uint32_t opcode, unsigned char *message, size_t size)
+static enum route route_of(struct ovl_lane_reader *reader, uint32_t opcode, unsigned char *message, size_t size)
 {
 	handler_t handler = opcode < OVL_LANE_OPCODES ? handlers[opcode] : NULL;
 
-	if (lane->answer && opcode == FUSE_READDIR)
+	if (reader->lane->native.answer && opcode == FUSE_READDIR)
 		return EXTRA;
-	return handler ? handler(lane, message, size) : FORWARD;
+	return handler ? handler(reader, message, size) : FORWARD;
 }
 
-static void dispatch(struct ovl_lane *lane, unsigned char *message, size_t size)
+static void dispatch(struct ovl_lane_reader *reader, size_t size)
 {
+	struct ovl_lane *lane = reader->lane;
+	unsigned char *message = reader->request;
 	struct fuse_in_header header;
 	struct counters *counters;
+	enum route route;
 
 	if (size < sizeof(header)) {
 		count(&lane->dropped);
@@ -539,28 +637,22 @@ static void dispatch(struct ovl_lane *lane, unsigned char *message, size_t size)
 		return;
 	}
 	counters = &lane->counters[slot(header.opcode)];
-	if (lane->answer) {
-		if (answer_natively(lane, message, &size)) {
-			count(&counters->answered);
-			return;
-		}
-		header.len = (uint32_t)size;
-	}
-	switch (route_of(lane, header.opcode, message, size)) {
-	case FORWARD:
-		count(&counters->forwarded);
-		note_request(lane, &header);
-		forward(lane, &header, message);
-		break;
-	case EXTRA:
-		count(&counters->extra);
-		note_request(lane, &header);
-		enqueue(lane, &header, message);
-		break;
-	case ANSWERED:
+	if (lane->native.answer && answer_natively(reader, size)) {
 		count(&counters->answered);
-		break;
+		return;
 	}
+	route = route_of(reader, header.opcode, message, size);
+	if (route == ANSWERED) {
+		count(&counters->answered);
+		return;
+	}
+	count(route == FORWARD ? &counters->forwarded : &counters->extra);
+	if (note_request(lane, &header, message) < 0)
+		refuse(lane, &header, ENOMEM);
+	else if (route == FORWARD)
+		forward(reader, &header, message);
+	else
+		enqueue(reader, &header, message);
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -579,16 +671,107 @@ static bool wait_readable(struct ovl_lane *lane, int fd)
 	return false;
 }
 
+/* Signals are Python's, but for `wake` (0: none). */
+static ovl_err_t start_thread(pthread_t *thread, void *(*run)(void *), void *arg, const char *name, int wake)
+{
+	sigset_t blocked, before;
+	int err;
+
+	sigfillset(&blocked);
+	if (wake)
+		sigdelset(&blocked, wake);
+	pthread_sigmask(SIG_SETMASK, &blocked, &before);
+	err = pthread_create(thread, NULL, run, arg);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (!err)
+		pthread_setname_np(*thread, name);
+	return -err;
+}
+
+static void *read_requests(void *arg);
+
+/* One more reader, unless there are enough; the lock is held. */
+static ovl_err_t add_reader(struct ovl_lane *lane)
+{
+	struct ovl_lane_reader *reader = &lane->readers[lane->reader_count];
+	ovl_err_t err = -ENOMEM;
+
+	if (lane->reader_count == OVL_LANE_READERS)
+		return 0;
+	*reader = (struct ovl_lane_reader){.lane = lane};
+	reader->request = malloc(lane->buffer_bytes);
+	reader->answer = lane->native.answer ? malloc(lane->buffer_bytes) : NULL;
+	if (reader->request && (reader->answer || !lane->native.answer))
+		err = start_thread(&reader->thread, read_requests, reader, "ovl-read", WAKE_SIGNAL);
+	if (err) {
+		free(reader->request);
+		free(reader->answer);
+		return err;
+	}
+	lane->reader_count++;
+	lane->followers++; /* it will, in a moment */
+	return 0;
+}
+
+void ovl_lane_yield(struct ovl_lane_reader *reader)
+{
+	struct ovl_lane *lane;
+
+	if (!reader || !reader->leads)
+		return;
+	lane = reader->lane;
+	pthread_mutex_lock(&lane->lock);
+	if (lane->followers == 0 && !atomic_load(&lane->stopping))
+		(void)add_reader(lane); /* without one, who waits waits for this one */
+	if (lane->followers > 0) {
+		reader->leads = false;
+		lane->leaders--;
+		pthread_cond_signal(&lane->lead);
+	}
+	pthread_mutex_unlock(&lane->lock);
+}
+
+/* Waits for the lead.  False: we stop. */
+static bool take_lead(struct ovl_lane_reader *reader)
+{
+	struct ovl_lane *lane = reader->lane;
+
+	pthread_mutex_lock(&lane->lock);
+	while (lane->leaders == lane->leaders_max && !atomic_load(&lane->stopping))
+		pthread_cond_wait(&lane->lead, &lane->lock);
+	lane->followers--;
+	lane->leaders++;
+	pthread_mutex_unlock(&lane->lock);
+	reader->leads = true;
+	return !atomic_load(&lane->stopping);
+}
+
+static void follow(struct ovl_lane_reader *reader)
+{
+	pthread_mutex_lock(&reader->lane->lock);
+	reader->lane->followers++;
+	pthread_mutex_unlock(&reader->lane->lock);
+}
+
 static void *read_requests(void *arg)
 {
-	struct ovl_lane *lane = arg;
+	struct ovl_lane_reader *reader = arg;
+	struct ovl_lane *lane = reader->lane;
 	ovl_err_t reason = 0;
 
-	while (wait_readable(lane, lane->dev_fd)) {
-		ssize_t n = OVL_LANE_READ(lane->dev_fd, lane->request, lane->buffer_bytes);
+	/* What is made for clients has the mode that they asked for; the umask is then this thread's own. */
+	if (unshare(CLONE_FS) == 0)
+		umask(0);
+	while (reader->leads || take_lead(reader)) {
+		ssize_t n;
 
+		if (atomic_load(&lane->stopping))
+			break;
+		n = OVL_LANE_READ(lane->dev_fd, reader->request, lane->buffer_bytes);
 		if (n > 0) {
-			dispatch(lane, lane->request, (size_t)n);
+			dispatch(reader, (size_t)n);
+			if (!reader->leads)
+				follow(reader);
 			continue;
 		}
 		if (n == 0)
@@ -599,7 +782,8 @@ static void *read_requests(void *arg)
 			reason = -errno;
 		break;
 	}
-	atomic_store(&lane->end_reason, reason);
+	if (reason)
+		atomic_store(&lane->end_reason, reason);
 	raise_event(lane->ended_fd);
 	return NULL;
 }
@@ -632,20 +816,6 @@ static void *write_notifications(void *arg)
 	return NULL;
 }
 
-static ovl_err_t start_thread(pthread_t *thread, void *(*run)(void *), struct ovl_lane *lane, const char *name)
-{
-	sigset_t all, before;
-	int err;
-
-	sigfillset(&all); /* signals are Python's */
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	err = pthread_create(thread, NULL, run, lane);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (!err)
-		pthread_setname_np(*thread, name);
-	return -err;
-}
-
 static void notify(struct ovl_lane *lane, const unsigned char *message, size_t size)
 {
 	struct ovl_lane_request *note = malloc(sizeof(*note) + size);
@@ -659,7 +829,7 @@ static void notify(struct ovl_lane *lane, const unsigned char *message, size_t s
 	memcpy(note->message, message, size);
 	pthread_mutex_lock(&lane->lock);
 	if (!lane->notifier_runs)
-		lane->notifier_runs = start_thread(&lane->notifier, write_notifications, lane, "ovl-notify") == 0;
+		lane->notifier_runs = start_thread(&lane->notifier, write_notifications, lane, "ovl-notify", 0) == 0;
 	*lane->last_note = note;
 	lane->last_note = &note->next;
 	pthread_cond_signal(&lane->noted);
@@ -684,7 +854,8 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 {
 	struct fuse_out_header header;
 	struct iovec part = {.iov_base = message, .iov_len = size};
-	uint32_t opcode;
+	struct ovl_lane_pending request;
+	int error = 0;
 
 	if (size < sizeof(header)) {
 		count(&lane->dropped);
@@ -711,11 +882,14 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 		patch_init(lane, message, size);
 		atomic_store(&lane->init_unique, 0);
 	}
-	opcode = take_request(lane, header.unique);
-	if (opcode && !header.error && lane->native.patch)
-		lane->native.patch(lane->native.arg, opcode, message + sizeof(header), size - sizeof(header));
+	request = take_request(lane, header.unique);
+	if (request.opcode && !header.error && lane->native.patch)
+		error = lane->native.patch(lane->native.arg, &request, message + sizeof(header), size - sizeof(header));
 	await_order(lane);
-	put_reply(lane, header.unique, &part, 1);
+	if (error)
+		put_error(lane, header.unique, error);
+	else
+		put_reply(lane, header.unique, &part, 1);
 }
 
 static void *write_replies(void *arg)
@@ -774,12 +948,15 @@ static void destroy(struct ovl_lane *lane)
 	close_fd(&lane->extra_fd);
 	free_list(lane->first);
 	free_list(lane->note);
-	free(lane->request);
+	for (size_t i = 0; i < lane->reader_count; i++) {
+		free(lane->readers[i].request);
+		free(lane->readers[i].answer);
+	}
 	free(lane->reply);
-	free(lane->answer);
-	pthread_mutex_destroy(&lane->order);
+	free(lane->pending);
 	pthread_cond_destroy(&lane->room);
 	pthread_cond_destroy(&lane->noted);
+	pthread_cond_destroy(&lane->lead);
 	pthread_mutex_destroy(&lane->lock);
 	free(lane);
 }
@@ -787,6 +964,7 @@ static void destroy(struct ovl_lane *lane)
 ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	struct ovl_lane *lane = calloc(1, sizeof(*lane));
 	ovl_err_t err;
 	int flags;
@@ -809,9 +987,12 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	lane->last_note = &lane->note;
 	lane->native = config->native;
 	pthread_mutex_init(&lane->lock, NULL);
-	pthread_mutex_init(&lane->order, NULL);
 	pthread_cond_init(&lane->room, NULL);
 	pthread_cond_init(&lane->noted, NULL);
+	pthread_cond_init(&lane->lead, NULL);
+	lane->leaders_max = cpus > 2 ? (size_t)cpus / 2 : 1;
+	if (lane->leaders_max > LEADERS_MAX)
+		lane->leaders_max = LEADERS_MAX;
 
 	err = -EINVAL;
 	if (lane->dev_fd < 0 || lane->session_fd < 0 || lane->max_write % page || lane->max_write < page ||
@@ -823,14 +1004,11 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	if (err)
 		goto out;
 	err = -ENOMEM;
-	lane->request = malloc(lane->buffer_bytes);
 	lane->reply = malloc(lane->buffer_bytes);
-	if (lane->native.answer)
-		lane->answer = malloc(lane->buffer_bytes);
-	if (!lane->request || !lane->reply || (lane->native.answer && !lane->answer))
+	if (!lane->reply)
 		goto out;
 	flags = fcntl(lane->dev_fd, F_GETFL);
-	if (flags < 0 || fcntl(lane->dev_fd, F_SETFL, flags | O_NONBLOCK) < 0) {
+	if (flags < 0 || fcntl(lane->dev_fd, F_SETFL, flags & ~O_NONBLOCK) < 0) {
 		err = -errno;
 		goto out;
 	}
@@ -848,37 +1026,67 @@ out:
 	return err;
 }
 
+static void woken(int number)
+{
+	(void)number; /* read(2) says EINTR */
+}
+
 ovl_err_t ovl_lane_start(struct ovl_lane *lane)
 {
+	struct sigaction wake = {.sa_handler = woken};
 	ovl_err_t err;
 
-	if (lane->reader_runs || lane->writer_runs || atomic_load(&lane->stopping))
+	if (lane->started || lane->writer_runs || atomic_load(&lane->stopping))
 		return -EALREADY;
-	err = start_thread(&lane->writer, write_replies, lane, "ovl-write");
+	sigemptyset(&wake.sa_mask);
+	if (sigaction(WAKE_SIGNAL, &wake, NULL) < 0)
+		return -errno;
+	err = start_thread(&lane->writer, write_replies, lane, "ovl-write", 0);
 	if (err)
 		return err;
 	lane->writer_runs = true;
-	err = start_thread(&lane->reader, read_requests, lane, "ovl-read");
-	if (err)
-		return err; /* the caller frees, which stops the writer */
-	lane->reader_runs = true;
-	return 0;
+	pthread_mutex_lock(&lane->lock);
+	for (size_t i = 0; !err && i < lane->leaders_max; i++)
+		err = add_reader(lane); /* on failure the caller frees, which stops the others */
+	pthread_mutex_unlock(&lane->lock);
+	lane->started = true;
+	return err;
+}
+
+/* A reader may be about to call read(2), so one signal is not enough. */
+static void join_reader(pthread_t thread)
+{
+	struct timespec until;
+
+	do {
+		pthread_kill(thread, WAKE_SIGNAL);
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_nsec += WAKE_EVERY_NS;
+		if (until.tv_nsec >= 1000000000L) {
+			until.tv_nsec -= 1000000000L;
+			until.tv_sec++;
+		}
+	} while (pthread_timedjoin_np(thread, NULL, &until) != 0);
 }
 
 void ovl_lane_stop(struct ovl_lane *lane)
 {
+	size_t readers;
+
 	pthread_mutex_lock(&lane->lock);
 	atomic_store(&lane->stopping, true);
+	readers = lane->reader_count; /* there will be no more */
 	pthread_cond_broadcast(&lane->room);
 	pthread_cond_broadcast(&lane->noted);
+	pthread_cond_broadcast(&lane->lead);
 	pthread_mutex_unlock(&lane->lock);
 	raise_event(lane->stop_fd);
 	shutdown(lane->session_fd, SHUT_RDWR); /* a reader that waits for room in it */
-	if (lane->reader_runs)
-		pthread_join(lane->reader, NULL);
+	for (size_t i = 0; lane->started && i < readers; i++)
+		join_reader(lane->readers[i].thread);
 	if (lane->writer_runs)
 		pthread_join(lane->writer, NULL);
-	lane->reader_runs = lane->writer_runs = false;
+	lane->started = lane->writer_runs = false;
 }
 
 /* False: it waits in the kernel for a lock whose holder waits for a reply that it will not get.  It must not be
@@ -953,11 +1161,21 @@ ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, cons
 		{.iov_base = &header, .iov_len = sizeof(header)},
 		{.iov_base = (void *)(uintptr_t)data, .iov_len = size}, /* writev does not write to it */
 	};
+	struct ovl_lane_pending request;
+	unsigned char small[256]; /* the largest reply that is patched is that to CREATE */
 
 	if (error < 0 || error >= 512 || (error && size) || size > lane->buffer_bytes || unique == 0)
 		return -EINVAL;
+	request = take_request(lane, unique);
+	if (request.opcode && !error && size <= sizeof(small) && lane->native.patch) {
+		memcpy(small, data, size);
+		error = lane->native.patch(lane->native.arg, &request, small, size);
+		if (error)
+			size = 0;
+		header.error = -error;
+		parts[1] = (struct iovec){.iov_base = small, .iov_len = size};
+	}
 	header.len = (uint32_t)(sizeof(header) + size);
-	take_request(lane, unique);
 	await_order(lane);
 	put_reply(lane, unique, parts, size ? 2 : 1);
 	return 0;

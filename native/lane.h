@@ -7,7 +7,7 @@
  *
  *        clients                                                           pyfuse3 (trio thread)
  *           |                                                                 ^          |
- *     +-----v------+   reader thread    +----- FORWARD: socket, blocking -----+          |
+ *     +-----v------+   reader threads   +----- FORWARD: socket, blocking -----+          |
  *     | /dev/fuse  |====================+----- EXTRA: queue, bounded ---> ovlfs.fuse.lane (trio thread)
  *     |            |                    +----- ANSWERED: here              |             |
  *     +-----^------+                                                       |             |
@@ -38,11 +38,8 @@
  * What is under way is bounded by the socket (SO_SNDBUF each way), the queue (bytes and requests, one request at
  * least) and, on Python's side, by pyfuse3's workers and the handlers of ovlfs.fuse.lane.
  *
- * Order.  A reply to a change must not be overtaken by an answer from before it, which the kernel would keep: the reader
- * holds `order` from where it looks until its answer is written, and whoever writes a reply of Python waits for it.  So
- * the writer waits for the reader, but only while that answers natively, which waits for no Python.
- * What Python has in its hands is known by unique (`pending`): natively, nothing is forgotten while there is any, and no
- * layer asked while there is a RENAME (lane_tree.c says why).
+ * Order, and who may change the mount when: gate.h.  Python's replies wait for native answers that were looked up before.
+ * What Python has in its hands is known by unique (`pending`).
  *
  * Every request gets one reply.  A reply that the kernel refuses (EINVAL, ENOMEM, ...) is replaced by EIO; a request
  * that the socket refuses is answered here; FORGET, BATCH_FORGET have none; INTERRUPT is answered ENOSYS once, after
@@ -53,8 +50,11 @@
  * Process death: the kernel closes the device, which aborts the connection; nothing here keeps it open.
  * ENOENT from read or write: the request was interrupted; the other side needs no answer.
  *
- * Several readers (cloned descriptors, FUSE_DEV_IOC_CLONE) will need a table unique -> descriptor, as a reply must
- * go out where its request came in; all writing goes through put() in lane.c, which is where it will be asked.
+ * Threads.  One reader at a time leads: it reads a request, answers it, and reads the next, with no other thread to be
+ * woken in between.  Before it does what may wait (for the disk, for room in the socket), it gives the lead to another
+ * (ovl_lane_yield), which is started if there is none; then it follows.  So one that waits stops nobody else, and who does
+ * not wait pays for one thread only.  On machines with more CPUs several lead.  Cloned descriptors (FUSE_DEV_IOC_CLONE)
+ * would spare leaders the queue's lock, and need every reply to go back where its request came from.
  *
  * Concurrency: new, start, stop and free from one thread; receive from one thread; reply, stats from any.
  * Errors: 0 or -errno, errno is not set.
@@ -70,7 +70,7 @@ typedef int ovl_err_t;
 
 #define OVL_LANE_OPCODES 64u          /* counters and handlers; the highest opcode today is 53 */
 #define OVL_LANE_LIST_MAX 65536u      /* bytes asked for in one READDIR or READDIRPLUS */
-#define OVL_LANE_PENDING 512u         /* requests that are with Python and known one by one; the others are counted */
+#define OVL_LANE_READERS 16u
 #define OVL_LANE_MESSAGE_MAX 73728u   /* bytes of the largest message through the socket: an xattr, names, headers */
 
 struct ovl_lane;
@@ -81,28 +81,47 @@ enum ovl_lane_verdict {
 	OVL_LANE_SILENT,   /* done, and the request has no reply */
 };
 
-/* What native answers depend on: a sum of these. */
-#define OVL_LANE_BUSY 1u       /* Python has a request */
-#define OVL_LANE_RENAMING 2u   /* one of them is a RENAME */
-#define OVL_LANE_NO_OPENDIR 4u /* the kernel knows what ENOSYS to OPENDIR means */
-
 struct ovl_lane_answer {
 	int error;  /* a positive errno, or 0 */
 	size_t size; /* of the body */
 	size_t room; /* at least 4 KiB */
 	unsigned char *body;
+	bool looking; /* the gate's ovl_gate_looked is to be called when it is written */
+	bool changed; /* the gate's barrier is to be passed before it is written */
+	struct ovl_lane_reader *reader; /* for ovl_lane_yield; NULL: nobody else reads */
 };
+
+/* A request that is with Python. */
+struct ovl_lane_pending {
+	uint64_t unique, nodeid;
+	uint32_t opcode;
+	uint32_t flags; /* of an OPEN, CREATE, TMPFILE */
+	bool kill;      /* of an OPEN: FUSE_OPEN_KILL_SUIDGID */
+};
+
+struct ovl_gate;
 
 /* Who answers without Python; borrowed, and all of it optional. */
 struct ovl_lane_native {
-	/* `message` is a whole request with its header, and may be changed.  The reader's thread; must not wait for
-	 * Python, nor for a client. */
-	enum ovl_lane_verdict (*answer)(void *arg, unsigned situation, unsigned char *message, size_t *size,
-					struct ovl_lane_answer *answer);
-	/* The session's reply to a request, before the kernel sees it.  The writer's thread; as above. */
-	void (*patch)(void *arg, uint32_t opcode, unsigned char *body, size_t size);
+	/* `message` is a whole request with its header, and may be changed (its size stays).  A reader's thread; must not
+	 * wait for Python, nor for a client. */
+	enum ovl_lane_verdict (*answer)(void *arg, unsigned char *message, size_t size, struct ovl_lane_answer *answer);
+	/* A reply of Python without an error, before the kernel sees it; a positive errno takes its place.  Any thread;
+	 * as above. */
+	int (*patch)(void *arg, const struct ovl_lane_pending *request, unsigned char *body, size_t size);
+	/* What the kernel offered in INIT, and what it was told. */
+	void (*agree)(void *arg, uint64_t offered, uint64_t agreed);
+	struct ovl_gate *gate;
+	uint64_t init_flags; /* told in INIT, too, if they are offered */
 	void *arg;
 };
+
+/* Newer than the headers of some distributions: include/uapi/linux/fuse.h. */
+#define OVL_LANE_INIT_PASSTHROUGH (1ull << 37)
+#define OP_SYNCFS 50u
+#define OP_TMPFILE 51u
+#define OP_STATX 52u
+#define OP_COPY_FILE_RANGE_64 53u
 
 struct ovl_lane_config {
 	int dev_fd;           /* /dev/fuse, mounted */
@@ -160,6 +179,9 @@ ovl_err_t ovl_lane_receive(struct ovl_lane *lane, struct ovl_lane_request **out)
 
 /* Answer an EXTRA request: `error` is 0 or a positive errno, then without data.  -EINVAL: not such an errno. */
 ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, const void *data, size_t size);
+
+/* By a handler, before what may wait: somebody else reads the next request.  NULL is fine; so is a second call. */
+void ovl_lane_yield(struct ovl_lane_reader *reader);
 
 void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out);
 

@@ -78,6 +78,8 @@ struct ovl_layer {
 	enum ovl_layer_kind kind;
 	uint64_t ino_base;             /* TAR: st_ino of inode 0 */
 	const struct ovl_index *index; /* TAR: borrowed */
+	int data_fd;                   /* TAR: borrowed; the file that the tar lies in */
+	uint64_t data_offset;          /* TAR: where it begins there */
 	struct ovl_dirlayer dir;       /* DIR */
 };
 

@@ -5,7 +5,7 @@
  * to close() or dealloc; `lane` is NULL after close().  Threads: the lane's own threads never touch Python.  close,
  * stop and reply run without the GIL; `users` (changed with the GIL held) keeps close() from freeing what another
  * thread is using.  A `tree` is referred to as long as the lane's threads may look into it; it refers to no lane, so
- * there is no cycle to collect.
+ * there is no cycle to collect.  What answers natively (`fs`) lives as long as the lane, and ends after its threads.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -18,7 +18,8 @@
 struct lane_object {
 	PyObject_HEAD
 	struct ovl_lane *lane;
-	PyObject *tree; /* owned; NULL: nothing is answered natively */
+	struct ovl_lane_fs *fs; /* owned; NULL: nothing is answered natively */
+	PyObject *tree;         /* owned; what `fs` answers from */
 	Py_ssize_t users;
 };
 
@@ -31,51 +32,134 @@ static struct ovl_lane *get(PyObject *object)
 	return lane;
 }
 
+/* Ends the threads first: they use what is freed after. */
+static void lane_end(struct ovl_lane *lane, struct ovl_lane_fs *fs)
+{
+	Py_BEGIN_ALLOW_THREADS
+	ovl_lane_stop(lane);
+	if (fs)
+		ovl_lane_fs_destroy(fs);
+	ovl_lane_free(lane);
+	Py_END_ALLOW_THREADS
+	free(fs);
+}
+
+/* `upper`: (work_fd, prefix, direct, may_chown, devices, volatile, metacopy), or None. */
+static int take_upper(PyObject *upper, struct ovl_lane_upper *out)
+{
+	const char *prefix;
+	int direct, may_chown, devices, is_volatile, metacopy;
+
+	*out = (struct ovl_lane_upper){.work_fd = -1, .prefix = "user.overlay."};
+	if (upper == Py_None)
+		return 0;
+	if (!PyTuple_Check(upper)) {
+		PyErr_SetString(PyExc_TypeError, "upper is a tuple, or None");
+		return -1;
+	}
+	if (!PyArg_ParseTuple(upper, "isppppp:upper", &out->work_fd, &prefix, &direct, &may_chown, &devices, &is_volatile,
+			      &metacopy))
+		return -1;
+	out->direct = direct;
+	out->may_chown = may_chown;
+	out->devices = devices;
+	out->is_volatile = is_volatile;
+	out->metacopy = metacopy;
+	if (strcmp(prefix, "trusted.overlay.") == 0)
+		out->prefix = "trusted.overlay.";
+	else if (strcmp(prefix, "user.overlay.") != 0) {
+		PyErr_SetString(PyExc_ValueError, "there are two namespaces");
+		return -1;
+	}
+	return 0;
+}
+
+/* What answers natively, from a tree. */
+static struct ovl_lane_fs *make_fs(PyTypeObject *type, PyObject *tree, PyObject *upper, int dev_fd, int no_open, int passthrough)
+{
+	struct ovl_tree *core = ovl_tree_from_object(PyType_GetModule(type), tree);
+	struct ovl_lane_upper described;
+	struct ovl_lane_fs *fs;
+	ovl_err_t err;
+
+	if (!core || take_upper(upper, &described) < 0)
+		return NULL;
+	fs = malloc(sizeof(*fs));
+	if (!fs) {
+		PyErr_NoMemory();
+		return NULL;
+	}
+	err = ovl_lane_fs_init(fs, core, &described, dev_fd, no_open, passthrough);
+	if (err) {
+		free(fs);
+		ovl_raise(err);
+		return NULL;
+	}
+	return fs;
+}
+
 static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count", "tree", NULL};
+	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count",
+				"tree", "upper", "no_open", "passthrough", NULL};
 	struct ovl_lane_config config = {.dev_fd = -1, .session_fd = -1};
 	Py_ssize_t max_write = 1 << 20, bytes = 16 << 20, count = 256;
-	PyObject *tree = Py_None;
+	PyObject *tree = Py_None, *upper = Py_None;
+	int no_open = 0, passthrough = 0;
+	struct ovl_lane_fs *fs = NULL;
 	struct lane_object *self;
 	ovl_err_t err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnO:Lane", names, &config.dev_fd, &config.session_fd,
-					 &max_write, &bytes, &count, &tree))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnOOpp:Lane", names, &config.dev_fd, &config.session_fd,
+					 &max_write, &bytes, &count, &tree, &upper, &no_open, &passthrough))
 		return NULL;
 	if (tree != Py_None) {
-		config.native = (struct ovl_lane_native){ovl_lane_tree_answer, ovl_lane_tree_patch, NULL};
-		config.native.arg = ovl_tree_from_object(PyType_GetModule(type), tree);
-		if (!config.native.arg)
+		fs = make_fs(type, tree, upper, config.dev_fd, no_open, passthrough);
+		if (!fs)
 			return NULL;
+		config.native = (struct ovl_lane_native){
+			.answer = ovl_lane_fs_answer,
+			.patch = ovl_lane_fs_patch,
+			.agree = ovl_lane_fs_agree,
+			.gate = &fs->gate,
+			.init_flags = passthrough ? OVL_LANE_INIT_PASSTHROUGH : 0,
+			.arg = fs,
+		};
 	}
 	config.max_write = max_write < 0 ? 0 : (size_t)max_write;
 	config.queue_bytes = bytes < 0 ? 0 : (size_t)bytes;
 	config.queue_count = count < 0 ? 0 : (size_t)count;
 	self = (struct lane_object *)type->tp_alloc(type, 0);
-	if (!self)
+	if (!self) {
+		if (fs)
+			ovl_lane_fs_destroy(fs);
+		free(fs);
 		return NULL;
+	}
 	err = ovl_lane_new(&self->lane, &config);
 	if (err) {
+		if (fs)
+			ovl_lane_fs_destroy(fs);
+		free(fs);
 		Py_DECREF(self);
 		return ovl_raise(err);
 	}
 	if (tree != Py_None) {
 		Py_INCREF(tree);
 		self->tree = tree;
+		self->fs = fs;
 	}
 	return (PyObject *)self;
 }
 
 static void lane_dealloc(PyObject *object)
 {
+	struct lane_object *self = (struct lane_object *)object;
 	PyTypeObject *type = Py_TYPE(object);
-	struct ovl_lane *lane = ((struct lane_object *)object)->lane;
 
-	Py_BEGIN_ALLOW_THREADS
-	ovl_lane_free(lane);
-	Py_END_ALLOW_THREADS
-	Py_CLEAR(((struct lane_object *)object)->tree);
+	if (self->lane)
+		lane_end(self->lane, self->fs);
+	Py_CLEAR(self->tree);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
@@ -84,15 +168,16 @@ static PyObject *lane_close(PyObject *object, PyObject *Py_UNUSED(unused))
 {
 	struct lane_object *self = (struct lane_object *)object;
 	struct ovl_lane *lane = self->lane;
+	struct ovl_lane_fs *fs = self->fs;
 
 	if (self->users) {
 		PyErr_SetString(PyExc_RuntimeError, "the lane is in use by another thread");
 		return NULL;
 	}
 	self->lane = NULL;
-	Py_BEGIN_ALLOW_THREADS
-	ovl_lane_free(lane);
-	Py_END_ALLOW_THREADS
+	self->fs = NULL;
+	if (lane)
+		lane_end(lane, fs);
 	Py_CLEAR(self->tree);
 	Py_RETURN_NONE;
 }
@@ -272,7 +357,7 @@ static PyGetSetDef lane_getset[] = {
 };
 
 static PyType_Slot lane_slots[] = {
-	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree)\n--\n\n"
+	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree, upper, no_open, passthrough)\n--\n\n"
 		    "Stands between /dev/fuse and those who answer; owns both descriptors."},
 	{Py_tp_new, (void *)lane_new},
 	{Py_tp_dealloc, (void *)lane_dealloc},

@@ -426,13 +426,13 @@ static const struct ovl_index *index_of(PyTypeObject *type, PyObject *object)
 	return ovl_index_from_object(PyType_GetModule(type), object);
 }
 
-/* What the glue says of a layer: None (only the reference can ask it), (index, ino of inode 0), or
+/* What the glue says of a layer: None (only the reference can ask it), (index, ino of inode 0, fd, offset), or
  * (fd, trusted first?, how many namespaces, oci, override). */
 static int take_layer(PyTypeObject *type, PyObject *layer, PyObject *said, struct ovl_layer *out)
 {
 	static const char *const namespaces[2] = {"trusted.overlay.", "user.overlay."};
 	int fd, first, count, oci, override;
-	unsigned long long base;
+	unsigned long long base, offset;
 	PyObject *index;
 
 	if (layer == Py_None) {
@@ -446,9 +446,10 @@ static int take_layer(PyTypeObject *type, PyObject *layer, PyObject *said, struc
 		PyErr_SetString(PyExc_TypeError, "a layer's description is a tuple");
 		return -1;
 	}
-	if (PyTuple_GET_SIZE(said) == 2) {
-		if (!PyArg_ParseTuple(said, "OK", &index, &base))
+	if (PyTuple_GET_SIZE(said) == 4) {
+		if (!PyArg_ParseTuple(said, "OKiK", &index, &base, &out->data_fd, &offset))
 			return -1;
+		out->data_offset = offset;
 		out->index = index_of(type, index);
 		out->ino_base = base;
 		out->kind = OVL_LAYER_TAR;
@@ -1184,6 +1185,50 @@ static PyObject *tree_forget(PyObject *object, PyObject *args, PyObject *kwargs)
 	return PyBool_FromLong(gone);
 }
 
+static PyObject *tree_set_orphan(PyObject *object, PyObject *args)
+{
+	uint64_t nodeid;
+	int fd;
+
+	if (!PyArg_ParseTuple(args, "O&i:set_orphan", to_u64, &nodeid, &fd))
+		return NULL;
+	return none_or_raise(ovl_tree_set_orphan(((struct tree *)object)->core, nodeid, fd));
+}
+
+static PyObject *tree_orphan(PyObject *object, PyObject *number)
+{
+	uint64_t nodeid;
+	int fd;
+
+	if (!to_u64(number, &nodeid))
+		return NULL;
+	fd = ovl_tree_orphan(((struct tree *)object)->core, nodeid);
+	if (fd < 0)
+		Py_RETURN_NONE;
+	return PyLong_FromLong(fd);
+}
+
+static PyObject *tree_set_last_parent(PyObject *object, PyObject *args)
+{
+	uint64_t nodeid, parent;
+
+	if (!PyArg_ParseTuple(args, "O&O&:set_last_parent", to_u64, &nodeid, to_u64, &parent))
+		return NULL;
+	return none_or_raise(ovl_tree_set_last_parent(((struct tree *)object)->core, nodeid, parent));
+}
+
+static PyObject *tree_last_parent(PyObject *object, PyObject *number)
+{
+	uint64_t nodeid, parent;
+
+	if (!to_u64(number, &nodeid))
+		return NULL;
+	parent = ovl_tree_last_parent(((struct tree *)object)->core, nodeid);
+	if (!parent)
+		Py_RETURN_NONE;
+	return PyLong_FromUnsignedLongLong(parent);
+}
+
 static PyObject *tree_check(PyObject *object, PyObject *Py_UNUSED(unused))
 {
 	const char *what;
@@ -1223,6 +1268,10 @@ static PyMethodDef tree_methods[] = {
 	{"set_attr", WITH_KEYWORDS(tree_set_attr), "set_attr(nodeid, attr)"},
 	{"ref", tree_ref, METH_O, "ref(nodeid)"},
 	{"forget", WITH_KEYWORDS(tree_forget), "forget(nodeid, nlookup) -> bool"},
+	{"set_orphan", tree_set_orphan, METH_VARARGS, "set_orphan(nodeid, fd): takes over the descriptor"},
+	{"orphan", tree_orphan, METH_O, "orphan(nodeid) -> descriptor or None"},
+	{"set_last_parent", tree_set_last_parent, METH_VARARGS, "set_last_parent(nodeid, parent)"},
+	{"last_parent", tree_last_parent, METH_O, "last_parent(nodeid) -> nodeid or None"},
 	{"check", tree_check, METH_NOARGS, "check(): AssertionError if an invariant does not hold; for tests"},
 	{NULL, NULL, 0, NULL},
 };

@@ -9,111 +9,11 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "tree.h"
+#include "tree_impl.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define COOKIE_BITS 40
-#define COOKIE_MAX ((1ull << COOKIE_BITS) - 1)
-#define LAYERS_MAX UINT16_MAX
-/* Below this many names a directory is searched without an index. */
-#define INDEX_FROM 9u
-/* How many names one turn of list resolves while others wait for the lock. */
-#define LIST_TURN 256u
-
-/* ---- structures --------------------------------------------------------------------------------------- */
-
-/* A name in a directory.  `name` NULL: it was removed. */
-struct entry {
-	const uint8_t *name; /* owned: the bytes of a blob; otherwise borrowed from a layer's index */
-	struct node *node;   /* NULL: not resolved, or dropped */
-	uint64_t cookie : COOKIE_BITS;
-	uint64_t len : 8;
-	uint64_t owned : 1;
-	uint64_t tag : 15; /* of the name's hash */
-};
-static_assert(sizeof(struct entry) == 24, "one per name: mind the size");
-
-struct dir {
-	struct ovl_source *lower; /* below the upperdir, top first */
-	struct entry *entries;    /* sorted by cookie, removed ones in between */
-	uint32_t *index;          /* entry number + 1 by hash; NULL: few entries */
-	uint64_t next_cookie;
-	uint32_t lower_count;
-	uint32_t index_mask;
-	uint32_t used; /* entries, removed ones included */
-	uint32_t room;
-	uint32_t named; /* entries that are not removed */
-	uint32_t live;  /* entries that point at a node */
-	bool merged;
-};
-
-/* One more name of a node. */
-struct place {
-	struct node *parent;
-	uint64_t cookie;
-};
-
-/* What few nodes have: a source for the data apart from that for the metadata, more than one name. */
-struct extra {
-	struct ovl_source data;
-	bool has_data;
-	uint32_t used;
-	uint32_t room;
-	struct place more[];
-};
-
-enum {
-	NODE_DIR = 1,
-	NODE_UPPER = 2,
-	NODE_METACOPY = 4,
-	NODE_REDIRECT = 8,
-	NODE_LOWER = 16,    /* no directory: there is a source in layer, ref, name */
-	NODE_INO_OWNER = 32, /* lookups of the ino find this one */
-	NODE_LOST_NAME = 64, /* a name of it was removed; it stays so */
-};
-
-struct node {
-	uint64_t nodeid;
-	uint64_t ino;
-	struct ovl_attr attr;
-	uint64_t upper_ino;
-	uint64_t nlookup;    /* atomic: readers count too */
-	struct node *parent; /* of the first name; NULL: it has none */
-	uint64_t cookie : COOKIE_BITS; /* of the first name */
-	uint64_t layer : 16;
-	uint64_t flags : 8;
-	union {
-		struct dir *dir;     /* directories: always there */
-		struct extra *extra; /* others: or NULL */
-	} u;
-	union {
-		int64_t number;
-		struct ovl_path *path;
-	} ref;
-	struct ovl_blob *name;
-};
-static_assert(sizeof(struct node) == 136, "one per inode, and malloc rounds 8 bytes more up to 144");
-
-/* Nodes by nodeid or by ino: open addressing, linear probing, no tombstones. */
-struct table {
-	struct node **slots;
-	size_t mask;
-	size_t count;
-	bool by_ino;
-};
-
-struct ovl_tree {
-	pthread_rwlock_t lock; /* protects everything below */
-	struct ovl_stack stack;
-	struct table by_nodeid;
-	struct table by_ino; /* the owners whose nodeid is not their ino */
-	struct node *root;
-	uint64_t fresh;
-};
 
 /* ---- directories -------------------------------------------------------------------------------------- */
 
@@ -349,7 +249,7 @@ static void set_flag(struct node *node, unsigned flag, bool on)
 }
 
 /* The source that a node, no directory, keeps in its fields. */
-static struct ovl_source node_source(const struct node *node)
+struct ovl_source ovl_node_source(const struct node *node)
 {
 	struct ovl_source source = {.layer = node->layer, .name = node->name};
 
@@ -360,7 +260,7 @@ static struct ovl_source node_source(const struct node *node)
 static void node_clear_lower(const struct ovl_tree *tree, struct node *node)
 {
 	if (node->flags & NODE_LOWER) {
-		struct ovl_source source = node_source(node);
+		struct ovl_source source = ovl_node_source(node);
 
 		ovl_source_clear(&tree->stack, &source);
 		set_flag(node, NODE_LOWER, false);
@@ -377,6 +277,7 @@ static void node_free(const struct ovl_tree *tree, struct node *node)
 {
 	if (!node)
 		return;
+	ovl_node_drop_kept(node);
 	if (is_dir(node)) {
 		struct dir *dir = node->u.dir;
 
@@ -393,7 +294,7 @@ static void node_free(const struct ovl_tree *tree, struct node *node)
 }
 
 /* Makes sure of `extra`, with room for one more name. */
-static ovl_err_t extra_reserve(struct node *node)
+ovl_err_t ovl_node_reserve_extra(struct node *node)
 {
 	struct extra *extra = node->u.extra;
 	uint32_t room = extra ? extra->room : 0;
@@ -418,7 +319,7 @@ static ovl_err_t name_reserve(struct node *node)
 {
 	if (!node->parent)
 		return 0;
-	return is_dir(node) ? -EPERM : extra_reserve(node);
+	return is_dir(node) ? -EPERM : ovl_node_reserve_extra(node);
 }
 
 /* The entry leads to the node now; after name_reserve.  The entry leads nowhere yet. */
@@ -462,7 +363,7 @@ static void detach(struct node *parent, struct entry *entry)
 }
 
 /* The path of a node, terminated; -ENOENT: there is none (any more). */
-static ovl_err_t node_path(const struct ovl_tree *tree, const struct node *node, uint8_t **path, size_t *len)
+ovl_err_t ovl_node_path(const struct ovl_tree *tree, const struct node *node, uint8_t **path, size_t *len)
 {
 	size_t need = 0;
 	uint8_t *text, *end;
@@ -652,7 +553,7 @@ static ovl_err_t node_new(struct ovl_tree *tree, struct ovl_found *found, struct
 		size_t last = found->lower_count - 1;
 
 		if (last > 0) {
-			err = extra_reserve(node);
+			err = ovl_node_reserve_extra(node);
 			if (err)
 				goto out;
 			node->u.extra->data = found->lower[last];
@@ -709,7 +610,7 @@ static ovl_err_t insert(struct ovl_tree *tree, struct ovl_found *found, struct n
 
 /* ---- merging and resolving; the lock is held for writing ---------------------------------------------- */
 
-static ovl_err_t find_node(const struct ovl_tree *tree, uint64_t nodeid, struct node **out)
+ovl_err_t ovl_tree_find(const struct ovl_tree *tree, uint64_t nodeid, struct node **out)
 {
 	*out = table_get(&tree->by_nodeid, nodeid);
 	return *out ? 0 : -ESTALE;
@@ -717,7 +618,7 @@ static ovl_err_t find_node(const struct ovl_tree *tree, uint64_t nodeid, struct 
 
 static ovl_err_t find_dir(const struct ovl_tree *tree, uint64_t nodeid, struct node **out)
 {
-	ovl_err_t err = find_node(tree, nodeid, out);
+	ovl_err_t err = ovl_tree_find(tree, nodeid, out);
 
 	return err || is_dir(*out) ? err : -ENOTDIR;
 }
@@ -731,7 +632,7 @@ static ovl_err_t open_merge(struct ovl_tree *tree, const struct node *node, stru
 	*path = NULL;
 	*merge = (struct ovl_merge){0};
 	if (node->flags & NODE_UPPER) {
-		ovl_err_t err = node_path(tree, node, path, &len);
+		ovl_err_t err = ovl_node_path(tree, node, path, &len);
 
 		if (err && err != -ENOENT)
 			return err;
@@ -957,6 +858,8 @@ static void fill_entry(const struct node *node, struct ovl_entry *out)
 	out->nodeid = node->nodeid;
 	out->ino = node->ino;
 	out->attr = node->attr;
+	if (node->flags & NODE_LIVE)
+		ovl_node_read_live(node, &out->attr);
 }
 
 ovl_err_t ovl_tree_get(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry *out)
@@ -965,7 +868,7 @@ ovl_err_t ovl_tree_get(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry 
 	ovl_err_t err;
 
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		fill_entry(node, out);
 	pthread_rwlock_unlock(&tree->lock);
@@ -1121,7 +1024,7 @@ ovl_err_t ovl_tree_parent(struct ovl_tree *tree, uint64_t nodeid, struct ovl_ent
 	ovl_err_t err;
 
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		fill_entry(node->parent ? node->parent : node, out);
 	pthread_rwlock_unlock(&tree->lock);
@@ -1148,7 +1051,7 @@ ovl_err_t ovl_tree_readlink(struct ovl_tree *tree, uint64_t nodeid, const uint8_
 	ovl_err_t err;
 
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		err = node_readlink(tree, node, target, len);
 	pthread_rwlock_unlock(&tree->lock);
@@ -1161,9 +1064,9 @@ ovl_err_t ovl_tree_path(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, 
 	ovl_err_t err;
 
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
-		err = node_path(tree, node, path, len);
+		err = ovl_node_path(tree, node, path, len);
 	pthread_rwlock_unlock(&tree->lock);
 	return err;
 }
@@ -1188,7 +1091,7 @@ ovl_err_t ovl_tree_names(struct ovl_tree *tree, uint64_t nodeid, struct ovl_tree
 	*names = NULL;
 	*count = 0;
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (err)
 		goto out;
 	if (!is_dir(node))
@@ -1239,7 +1142,7 @@ static ovl_err_t describe_lower(const struct ovl_tree *tree, const struct node *
 		count = node->u.dir->lower_count;
 	} else {
 		if (node->flags & NODE_LOWER)
-			some[count++] = node_source(node);
+			some[count++] = ovl_node_source(node);
 		if (node->u.extra && node->u.extra->has_data)
 			some[count++] = node->u.extra->data;
 	}
@@ -1261,7 +1164,7 @@ ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lo
 
 	*out = (struct ovl_description){0};
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err) {
 		fill_entry(node, &out->entry);
 		out->nlookup = __atomic_load_n(&node->nlookup, __ATOMIC_RELAXED);
@@ -1270,6 +1173,10 @@ ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lo
 		out->metacopy = node->flags & NODE_METACOPY;
 		out->redirect = node->flags & NODE_REDIRECT;
 		out->is_linked = is_linked(node);
+		out->has_lower = is_dir(node) ? node->u.dir->lower_count > 0 : node->flags & NODE_LOWER;
+		out->name_count = node->parent ? 1 : 0;
+		if (!is_dir(node) && node->u.extra)
+			out->name_count += node->u.extra->used;
 		if (with_lower)
 			err = describe_lower(tree, node, out);
 	}
@@ -1379,7 +1286,7 @@ ovl_err_t ovl_tree_link(struct ovl_tree *tree, uint64_t nodeid, uint64_t parent,
 	pthread_rwlock_wrlock(&tree->lock);
 	err = need_absent(tree, parent, name, len, &directory, &blob, ask);
 	if (!err)
-		err = find_node(tree, nodeid, &node);
+		err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		err = is_dir(node) ? -EPERM : name_reserve(node);
 	if (err)
@@ -1408,10 +1315,8 @@ ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		goto out;
 	}
 	node = entry->node;
-	if (node) {
+	if (node)
 		detach(directory, entry);
-		set_flag(node, NODE_LOST_NAME, true);
-	}
 	dir_remove(directory->u.dir, entry);
 	drop_if_unused(tree, node);
 out:
@@ -1443,7 +1348,7 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 	pthread_rwlock_wrlock(&tree->lock);
 	err = find_dir(tree, parent, &from);
 	if (!err)
-		err = find_node(tree, new_parent, &to);
+		err = ovl_tree_find(tree, new_parent, &to);
 	if (!err)
 		err = need_entry(tree, from, name, len, &entry, ask);
 	if (!err)
@@ -1467,10 +1372,8 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 	entry = dir_find(to->u.dir, new_name, new_len);
 	if (entry) {
 		replaced = entry->node;
-		if (replaced) {
+		if (replaced)
 			detach(to, entry);
-			set_flag(replaced, NODE_LOST_NAME, true);
-		}
 		dir_remove(to->u.dir, entry);
 	}
 	/* Entries have moved if it was the same directory. */
@@ -1497,7 +1400,7 @@ ovl_err_t ovl_tree_exchange(struct ovl_tree *tree, uint64_t parent, const uint8_
 	pthread_rwlock_wrlock(&tree->lock);
 	err = find_dir(tree, parent, &one);
 	if (!err)
-		err = find_node(tree, new_parent, &other);
+		err = ovl_tree_find(tree, new_parent, &other);
 	if (!err)
 		err = need_entry(tree, one, name, len, &a, ask);
 	if (!err)
@@ -1531,7 +1434,7 @@ ovl_err_t ovl_tree_set_upper(struct ovl_tree *tree, uint64_t nodeid, uint64_t up
 	ovl_err_t err;
 
 	pthread_rwlock_wrlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err) {
 		set_flag(node, NODE_UPPER, true);
 		set_flag(node, NODE_METACOPY, metacopy);
@@ -1549,7 +1452,7 @@ ovl_err_t ovl_tree_set_redirect(struct ovl_tree *tree, uint64_t nodeid)
 	ovl_err_t err;
 
 	pthread_rwlock_wrlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		set_flag(node, NODE_REDIRECT, true);
 	pthread_rwlock_unlock(&tree->lock);
@@ -1562,7 +1465,7 @@ ovl_err_t ovl_tree_set_attr(struct ovl_tree *tree, uint64_t nodeid, const struct
 	ovl_err_t err;
 
 	pthread_rwlock_wrlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err && is_dir(node) != (bool)S_ISDIR(attr->mode))
 		err = -EINVAL;
 	if (!err)
@@ -1577,7 +1480,7 @@ ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid)
 	ovl_err_t err;
 
 	pthread_rwlock_rdlock(&tree->lock);
-	err = find_node(tree, nodeid, &node);
+	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err)
 		count_lookup(node);
 	pthread_rwlock_unlock(&tree->lock);
@@ -1604,27 +1507,11 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 
 	*gone = true;
 	pthread_rwlock_wrlock(&tree->lock);
-	if (find_node(tree, nodeid, &node) == 0) {
+	if (ovl_tree_find(tree, nodeid, &node) == 0) {
 		forget(tree, node, nlookup);
 		*gone = !table_get(&tree->by_nodeid, nodeid);
 	}
 	pthread_rwlock_unlock(&tree->lock);
-}
-
-ovl_err_t ovl_tree_forget_plain(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup)
-{
-	struct node *node;
-	ovl_err_t err = 0;
-
-	pthread_rwlock_wrlock(&tree->lock);
-	if (find_node(tree, nodeid, &node) == 0) {
-		if (node->flags & NODE_LOST_NAME || !is_linked(node))
-			err = OVL_ASK;
-		else
-			forget(tree, node, nlookup);
-	}
-	pthread_rwlock_unlock(&tree->lock);
-	return err;
 }
 
 /* ---- what the reference answered ---------------------------------------------------------------------- */

@@ -124,6 +124,8 @@ struct ovl_description {
 	uint64_t nlookup;
 	uint64_t upper_ino;
 	bool upper, metacopy, redirect, is_linked;
+	bool has_lower;     /* there is something below the upperdir */
+	size_t name_count;  /* names that are known */
 	struct ovl_source_copy *lower;
 	size_t lower_count;
 };
@@ -157,9 +159,52 @@ ovl_err_t ovl_tree_set_attr(struct ovl_tree *tree, uint64_t nodeid, const struct
 ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid);
 /* `*gone`: the inode is known no longer, or never was. */
 void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone);
-/* The same for an inode that never lost a name; OVL_ASK for one that did, of which nothing has changed then: others may
- * keep something by its nodeid (Stack.orphans, Stack.last_parent) and have to be told when it is gone. */
-ovl_err_t ovl_tree_forget_plain(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup);
+
+/* ---- objects without a name; files that are open for writing (tree_data.c) ------------------------------ */
+
+/* The inode's upper object has no name any more: `fd` (O_PATH) leads to it, and is the tree's from now on.  -ESTALE: it
+ * is known no longer; `fd` is closed. */
+ovl_err_t ovl_tree_set_orphan(struct ovl_tree *tree, uint64_t nodeid, int fd);
+/* -1: there is none.  Borrowed; valid as long as the inode is known. */
+int ovl_tree_orphan(struct ovl_tree *tree, uint64_t nodeid);
+
+/* The directory where the inode's last name was; 0: none was noted. */
+ovl_err_t ovl_tree_set_last_parent(struct ovl_tree *tree, uint64_t nodeid, uint64_t parent);
+uint64_t ovl_tree_last_parent(struct ovl_tree *tree, uint64_t nodeid);
+
+/* From now on the inode's size and times are those of `fd` (an upper file that somebody writes to without telling us);
+ * `fd` -1: no longer, and what they are now is kept.  Borrowed until then. */
+ovl_err_t ovl_tree_set_live(struct ovl_tree *tree, uint64_t nodeid, int fd);
+
+/* Where a regular file's data is. */
+struct ovl_data {
+	enum { OVL_DATA_FILE, OVL_DATA_TAR } kind;
+	bool upper;  /* FILE: it is the upperdir's, and may be written to */
+	int fd;      /* FILE: open, the caller's */
+	uint64_t size; /* of a lower file: what there has to be */
+	const struct ovl_layer *layer; /* TAR */
+	uint32_t ref;                  /* TAR */
+};
+/* Opens it; `flags` for an upper file.  -EISDIR, -ENXIO: no regular file; OVL_ASK: the reference has to. */
+ovl_err_t ovl_tree_open_data(struct ovl_tree *tree, uint64_t nodeid, int flags, struct ovl_data *out);
+
+/* The object that has an inode's xattrs and symlink target: FILE with an O_PATH descriptor that is the caller's, or TAR.
+ * Copy_up.metadata_source() is the reference.  OVL_ASK. */
+ovl_err_t ovl_tree_open_meta(struct ovl_tree *tree, uint64_t nodeid, struct ovl_data *out);
+
+/* Is the inode's data in the upperdir?  False too for what is not known. */
+bool ovl_tree_has_upper_data(struct ovl_tree *tree, uint64_t nodeid);
+
+/* Opens an inode's object in the upperdir (O_PATH or a directory); a new descriptor or -errno; -ENOENT: it has no name,
+ * -EROFS: it has none. */
+int ovl_tree_open_upper(struct ovl_tree *tree, uint64_t nodeid, int flags);
+
+/* The absolute path under which the layers below know an inode (namei.py: redirect_of()), not terminated; the caller frees
+ * it.  OVL_ASK: an ancestor was moved, or it is too long. */
+ovl_err_t ovl_tree_redirect(struct ovl_tree *tree, uint64_t nodeid, uint8_t **path, size_t *len);
+
+/* Would the layers below the upperdir show `name` in this directory?  0: yes; OVL_ABSENT: no; OVL_ASK. */
+ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len);
 
 /* ---- what the reference answered ---------------------------------------------------------------------- */
 

@@ -121,7 +121,7 @@ class UnboundOperations(Operations):
         try:
             opened = self._open(inode, flags & ~(os.O_EXCL | os.O_CREAT | os.O_TMPFILE))
         except BaseException:
-            self._stack.forget(inode.nodeid, 1)
+            self._tree.forget(inode.nodeid, 1)
             raise
         return inode.nodeid, self._shown(inode.attr), opened.fh
 

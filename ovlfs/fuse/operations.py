@@ -93,6 +93,9 @@ class Operations(pyfuse3.Operations):
     dont_mask = False
     """Whether modes arrive as the caller gave them (FUSE_DONT_MASK, set by the lane): the umask is ours to apply."""
 
+    opens_itself = True
+    """Whether open files are ours.  Otherwise the lane opens what we have copied up or made, once our reply comes by."""
+
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         self.enable_acl = stack.params.acl
@@ -179,7 +182,7 @@ class Operations(pyfuse3.Operations):
         """No reply, and so nobody to tell of an error."""
         for nodeid, nlookup in inode_list:
             try:
-                self._stack.forget(NodeId(nodeid), nlookup)
+                self._tree.forget(NodeId(nodeid), nlookup)
             except Exception:
                 log.exception("forget %d failed unforeseen", nodeid)
 
@@ -432,6 +435,8 @@ class Operations(pyfuse3.Operations):
     # ---- file data -----------------------------------------------------------------------------------------------
 
     def _open(self, inode: Inode, flags: int) -> pyfuse3.FileInfo:
+        if not self.opens_itself:
+            return pyfuse3.FileInfo()
         handle = Handle(self._stack, inode, flags)
         fh = self._next_handle
         self._next_handle += 1

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyfuse3
 import trio
@@ -25,6 +25,8 @@ from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
 from ovlfs.fuse.lane import MAX_WRITE_BYTES, ExtraServer, MountRequest, UnboundOperations, open_and_mount
 from ovlfs.fuse.operations import Operations, requests
+from ovlfs.layer.native import reads_all
+from ovlfs.overlay.owner import DirectOwner
 from ovlfs.overlay.stack import Stack
 
 log = logging.getLogger("ovlfs.fuse")
@@ -72,6 +74,8 @@ def serve(
         MountError: the mount failed.
         RuntimeError: the same, without the lane; libfuse or fusermount3 has said why on stderr.
     """
+    if stack.upper is None:
+        options = replace(options, read_only=True)  # as kernel: super.c: ovl_fill_super()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(stack.close)
         if lane:
@@ -111,7 +115,17 @@ def _serve_by_lane(
         os.close(device)
         raise
     with for_session:
-        native = Lane(device, for_lane.detach(), max_write=MAX_WRITE_BYTES, tree=_tree_for_lane(stack, operations))
+        tree = _tree_for_lane(stack, operations)
+        operations.opens_itself = tree is None
+        native = Lane(
+            device,
+            for_lane.detach(),
+            max_write=MAX_WRITE_BYTES,
+            tree=tree,
+            upper=_upper_for_lane(stack),
+            no_open=options.read_only and stack.upper is None,
+            passthrough=stack.upper is not None and os.geteuid() == 0,
+        )
         cleanup.callback(native.close)
         for_session.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # replies; the lane sizes its own end
         # libfuse takes an open descriptor by this name, and closes it.
@@ -132,7 +146,16 @@ def _tree_for_lane(stack: Stack, operations: Operations) -> Tree | None:
     tree: object = stack.tree
     if requests.isEnabledFor(logging.DEBUG) or not operations.shows_ids_as_stored:
         return None
-    return tree if isinstance(tree, Tree) else None
+    return tree if isinstance(tree, Tree) and reads_all(stack.layers) else None
+
+
+def _upper_for_lane(stack: Stack) -> tuple[int, str, bool, bool, bool, bool, bool] | None:
+    """What the lane has to know to change the upperdir itself (native/lane_fs.h: struct ovl_lane_upper)."""
+    upper = stack.upper
+    if upper is None:
+        return None
+    direct = isinstance(upper.owner, DirectOwner)
+    return upper.work_fd, upper.prefix.decode("ascii"), direct, direct, upper.devices, stack.volatile, stack.metacopy
 
 
 def _unmount_rest(mountpoint: bytes, ours: mounting.MountEntry | None) -> None:

@@ -19,8 +19,9 @@ _PREFIXES = ((), (TRUSTED,), (USER,), (TRUSTED, USER), (USER, TRUSTED))
 _ANSWERS = ("lookup", "list", "attr", "ino")
 """The methods that C stands in for."""
 
-Described = tuple[object, Ino] | tuple[int, int, int, bool, bool]
-"""(index, st_ino of its inode 0), or (descriptor, first namespace, how many, oci, override)."""
+Described = tuple[object, Ino, int, int] | tuple[int, int, int, bool, bool]
+"""(index, st_ino of its inode 0, descriptor of the tar, where it begins there), or (descriptor, first namespace, how
+many, oci, override)."""
 
 
 def describe(layers: Layers) -> tuple[Inode, int, list[Described | None]]:
@@ -33,9 +34,14 @@ def describe(layers: Layers) -> tuple[Inode, int, list[Described | None]]:
     return inode, number, [_described(layer, layers) for layer in layers]
 
 
+def reads_all(layers: Layers) -> bool:
+    """Whether there is no layer that has to be asked in Python."""
+    return all(layer is None or _described(layer, layers) is not None for layer in layers)
+
+
 def _described(layer: Layer | None, layers: Layers) -> Described | None:
     if isinstance(layer, TarLayer) and _unchanged(layer, TarLayer):
-        return layer.index, layer.ino(0)
+        return layer.index, layer.ino(0), layer.fd, layer.base_offset
     if not isinstance(layer, DirLayer) or not _unchanged(layer, DirLayer):
         return None
     first = next(other for other in layers if isinstance(other, DirLayer))

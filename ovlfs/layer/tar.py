@@ -58,8 +58,8 @@ class TarLayer:
             self.index = _native.Index(index_buffer)
         except ValueError as error:
             raise damaged(error) from error
-        self._fd = fd
-        self._base_offset = base_offset
+        self.fd = fd
+        self.base_offset = base_offset
         self._links_below: list[tuple[bytes, bytes]] | None = None
         self._ino_first = ((INO_BASE + layer_number) << INO_SHIFT) + 1
 
@@ -181,8 +181,8 @@ class TarLayer:
             found = self.index.extents(ordinal(ref))
         except ValueError as error:
             raise damaged(error) from error
-        extents = [Extent(logical, length, physical + self._base_offset) for logical, length, physical in found]
-        return os.dup(self._fd), extents
+        extents = [Extent(logical, length, physical + self.base_offset) for logical, length, physical in found]
+        return os.dup(self.fd), extents
 
     def list(self, directory: Ref) -> Iterator[tuple[Name, What]]:
         """Every name in the directory, once each, in byte order."""

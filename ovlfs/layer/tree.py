@@ -51,6 +51,8 @@ class Inode:
         redirect: `upper`, and moved there from elsewhere: the upper object carries overlay.redirect.
         upper_ino: the real inode number in the upperdir, 0 without.
         nlookup: how many times the kernel was told of it and has not forgotten.
+        orphan: a descriptor (O_PATH, ours) of the upper object when that has no name any more but is still in use.
+        last_parent: where its last name was, when it has none any more.
     """
 
     nodeid: NodeId
@@ -64,6 +66,8 @@ class Inode:
     nlookup: int = 0
     names: list[tuple["Inode", Name]] = field(default_factory=list)
     children: "_Children | None" = None
+    orphan: int | None = None
+    last_parent: NodeId | None = None
 
     @property
     def is_dir(self) -> bool:
@@ -221,6 +225,27 @@ class Tree:
         """These are the attributes now."""
         self.get(nodeid).attr = attr
 
+    def set_orphan(self, nodeid: NodeId, fd: int) -> None:
+        """The inode's upper object has no name any more: `fd` (O_PATH), which is the tree's from now on, leads to it."""
+        inode = self.get(nodeid)
+        if inode.orphan is not None:
+            os.close(inode.orphan)
+        inode.orphan = fd
+
+    def orphan(self, nodeid: NodeId) -> int | None:
+        """The descriptor that set_orphan was given; valid as long as the inode is known."""
+        inode = self._inodes.get(nodeid)
+        return None if inode is None else inode.orphan
+
+    def set_last_parent(self, nodeid: NodeId, parent: NodeId) -> None:
+        """The inode has lost its last name, which was in `parent`."""
+        self.get(nodeid).last_parent = parent
+
+    def last_parent(self, nodeid: NodeId) -> NodeId | None:
+        """Where the last name of an inode was that has none any more."""
+        inode = self._inodes.get(nodeid)
+        return None if inode is None else inode.last_parent
+
     def ref(self, nodeid: NodeId) -> None:
         """The kernel was told of the inode once more."""
         self.get(nodeid).nlookup += 1
@@ -306,6 +331,9 @@ class Tree:
             if inode.children is not None and any(child for _, child in inode.children.by_name.values()):
                 return
             self._inodes.pop(inode.nodeid, None)
+            if inode.orphan is not None:
+                os.close(inode.orphan)
+                inode.orphan = None
             if self._by_ino.get(inode.ino) is inode:
                 del self._by_ino[inode.ino]
             parents = [parent for parent, _ in inode.names]

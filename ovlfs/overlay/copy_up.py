@@ -93,10 +93,11 @@ def _need_name(stack: Stack, inode: Inode) -> None:
     if inode.is_linked:
         return
     parent_gone = False
-    parent = stack.last_parent.get(inode.nodeid)
+    parent = stack.tree.last_parent(inode.nodeid)
     if parent is not None:
         try:
-            parent_gone = parent.upper and not parent.is_linked
+            was = stack.tree.get(parent)
+            parent_gone = was.upper and not was.is_linked
         except OSError as error:
             if error.errno != errno.ESTALE:  # the kernel has forgotten the directory: what it was is not known any more
                 raise
@@ -478,7 +479,7 @@ class _Copy:
         """An inode without a name, that is still in use: so is its copy.  Kernel: ovl_copy_up_tmpfile()."""
         fd = sys.open_beneath(self.upper.work_fd, temp, os.O_PATH | os.O_NOFOLLOW)
         self.upper.discard(temp)
-        self.stack.orphans[self.inode.nodeid] = fd
+        self.stack.tree.set_orphan(self.inode.nodeid, fd)
 
 
 def lower_paths(layers: Layers, layer: Layer, ref: Ref) -> list[bytes]:

@@ -63,7 +63,7 @@ def create(stack: Stack, parent: Inode, name: bytes, new: NewObject) -> Inode:
 def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
     """O_TMPFILE: a regular file that has no name yet, perhaps never; the kernel is told of it (one reference).
 
-    It has its object in `stack.orphans`, as a file has that has lost its last name.
+    It is the tree's orphan, as a file is that has lost its last name.
 
     Kernel: dir.c: ovl_create_tmpfile().
 
@@ -88,7 +88,7 @@ def create_nameless(stack: Stack, parent: Inode, new: NewObject) -> Inode:
     nodeid = stack.tree.add(parent.nodeid, _NO_NAME, attr, upper_ino, ino)
     stack.tree.ref(nodeid)
     stack.tree.remove(parent.nodeid, _NO_NAME)
-    stack.orphans[nodeid] = held
+    stack.tree.set_orphan(nodeid, held)
     return stack.tree.get(nodeid)
 
 
@@ -182,7 +182,7 @@ def _unlinking(stack: Stack, inode: Inode, parent: Inode) -> Iterator[None]:
     nodeid = inode.nodeid
     last = len(stack.tree.names(nodeid)) == 1
     fd = -1
-    if last and inode.upper and nodeid not in stack.orphans:
+    if last and inode.upper and stack.tree.orphan(nodeid) is None:
         path = stack.upper_path(nodeid)
         fd = sys.open_beneath(stack.need_upper().layer.fd, path, os.O_PATH | os.O_NOFOLLOW)
     try:
@@ -198,9 +198,9 @@ def _unlinking(stack: Stack, inode: Inode, parent: Inode) -> Iterator[None]:
             os.close(fd)
         return
     if last:
-        stack.last_parent[nodeid] = parent
+        stack.tree.set_last_parent(nodeid, parent.nodeid)
     if fd >= 0:
-        stack.orphans[nodeid] = fd
+        stack.tree.set_orphan(nodeid, fd)
     if inode.upper:  # a lower inode keeps the link count of its layer, as with the kernel
         stack.refresh(nodeid)
 

@@ -40,8 +40,6 @@ class Stack:
         redirect: whether directories with something below may be renamed (overlay.redirect).
         metacopy: whether a change of attributes copies only those.
         volatile: whether nothing is ever synced.
-        orphans: descriptors (O_PATH) of upper objects that have no name any more but are still in use.
-        last_parent: of inodes that have no name any more but are still in use, the directory where the last one was.
     """
 
     def __init__(self, lowers: Sequence[Layer], upper: Upper | None, params: Params, *, kernel_userxattr: bool) -> None:
@@ -51,8 +49,6 @@ class Stack:
         self.tree = open_tree(self.layers)
         self.events = Events()
         self.volatile = params.volatile
-        self.orphans: dict[NodeId, int] = {}
-        self.last_parent: dict[NodeId, Inode] = {}
         # Under `userxattr` the kernel follows neither redirects nor metacopies (params.c: ovl_fs_params_verify()),
         # so an upperdir that it shall be able to mount must do without, unless asked for.
         self.redirect = not kernel_userxattr if params.redirect_dir is None else params.redirect_dir
@@ -68,7 +64,7 @@ class Stack:
     def object(self, inode: Inode) -> Iterator[bytes]:
         """A path of an inode's object in the upperdir (sys.fd_path: calls follow it), valid inside the with block."""
         upper = self.need_upper()
-        orphan = self.orphans.get(inode.nodeid)
+        orphan = self.tree.orphan(inode.nodeid)
         if orphan is not None:
             yield sys.fd_path(orphan)
             return
@@ -94,19 +90,8 @@ class Stack:
             attr = replace(attr, blocks=inode.attr.blocks)
         self.tree.set_attr(nodeid, attr)
 
-    def forget(self, nodeid: NodeId, nlookup: int) -> None:
-        """The kernel has forgotten an inode `nlookup` times."""
-        if self.tree.forget(nodeid, nlookup):
-            self.last_parent.pop(nodeid, None)
-            fd = self.orphans.pop(nodeid, None)
-            if fd is not None:
-                os.close(fd)
-
     def close(self) -> None:
         """Put everything on disk and give everything back."""
-        for fd in self.orphans.values():
-            os.close(fd)
-        self.orphans.clear()
         if self.upper is not None:
             if not self.volatile:
                 sys.syncfs(self.upper.layer.fd)

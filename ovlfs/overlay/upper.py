@@ -39,6 +39,7 @@ class Upper:
         work_fd: the directory for temporary objects, on the same file system.
         prefix: the namespace of the overlay's own xattrs, b"trusted.overlay." or b"user.overlay.".
         owner: how owners, modes and devices are stored.
+        devices: whether a whiteout is a device 0:0, and not an xattr.
     """
 
     def __init__(self, layer: DirLayer, work_fd: int, prefix: bytes, owner: Owner) -> None:
@@ -47,7 +48,7 @@ class Upper:
         self.prefix = prefix
         self.owner = owner
         self._counter = 0
-        self._devices = self._takes_devices()
+        self.devices = self._takes_devices()
 
     def close(self) -> None:
         """Remove the shared whiteout and give the descriptors back."""
@@ -167,7 +168,7 @@ class Upper:
 
     def _make_whiteout(self, temp: Name, parent: bytes) -> None:
         """Kernel: ovl_whiteout(): a hard link of the one whiteout, which is made anew when its links run out."""
-        if not self._devices:
+        if not self.devices:
             self._make_xattr_whiteout(temp, parent)
             return
         for _ in range(2):
@@ -203,7 +204,7 @@ class Upper:
                 sys.renameat2(old, name, new, new_name, sys.RENAME_EXCHANGE)
             elif not whiteout:
                 sys.renameat2(old, name, new, new_name)
-            elif not self._devices:
+            elif not self.devices:
                 self._rename_then_whiteout(old, name, new, new_name, parent)
             else:
                 try:

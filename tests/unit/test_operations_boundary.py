@@ -61,7 +61,7 @@ async def test_forget_never_raises(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """FORGET has no reply to put an error in; the log has it."""
-    monkeypatch.setattr(operations, "_stack", None)
+    monkeypatch.setattr(operations, "_tree", None)
 
     await operations.forget([(pyfuse3.InodeT(1), 1)])
 

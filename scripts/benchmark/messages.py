@@ -1,0 +1,340 @@
+"""How many FUSE messages does one operation take?
+
+Each operation is done some times on a mount that has seen the directory, and what the kernel sent meanwhile is
+divided by their number.  Counted are the messages that the caller waits for; FORGET, RELEASE and RELEASEDIR are sent
+without waiting.  That is exact and free of noise, other than times.  The kernel counts with the tracepoint
+fuse:fuse_request_send, for any FUSE file system; `ovlfs stats` counts what the daemon got.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmark import peers
+from benchmark.compare import chosen_peers
+
+_WORDS = """
+- LOOKUP FORGET GETATTR SETATTR READLINK SYMLINK - MKNOD MKDIR UNLINK RMDIR RENAME LINK OPEN READ WRITE STATFS RELEASE
+- FSYNC SETXATTR GETXATTR LISTXATTR REMOVEXATTR FLUSH INIT OPENDIR READDIR RELEASEDIR FSYNCDIR GETLK SETLK SETLKW
+ACCESS CREATE INTERRUPT BMAP DESTROY IOCTL POLL NOTIFY_REPLY BATCH_FORGET FALLOCATE READDIRPLUS RENAME2 LSEEK
+COPY_FILE_RANGE SETUPMAPPING REMOVEMAPPING SYNCFS TMPFILE STATX COPY_FILE_RANGE_64
+"""
+OPCODES = dict(enumerate(_WORDS.split()))
+"""include/uapi/linux/fuse.h: enum fuse_opcode."""
+
+NOT_WAITED_FOR = frozenset({"FORGET", "BATCH_FORGET", "RELEASE", "RELEASEDIR", "INTERRUPT", "NOTIFY_REPLY"})
+NEVER = frozenset({"FLUSH", "GETXATTR", "OPENDIR", "RELEASEDIR", "ACCESS"})
+"""Not even once for each operation; one that is answered ENOSYS is never sent again."""
+
+_DIRECTORIES, _FILES = 10, 20
+TIMES = _DIRECTORIES * _FILES
+_CONTENT = b"y" * 3000
+_TRACING = Path("/sys/kernel/tracing")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is done; `what` gets the mountpoint and does it `times` times, `before` brings the mount to know the names.
+
+    Attributes:
+        allowed: messages one operation may take; None: nothing is said of it.
+        allowed_read_only: on a mount without an upperdir; None: not done there.
+    """
+
+    name: str
+    what: Callable[[Path], None]
+    before: Callable[[Path], None]
+    allowed: float | None
+    allowed_read_only: float | None = None
+    times: int = TIMES
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+Count = Callable[[], Counter[str]]
+"""What was sent since the mount, by opcode."""
+
+
+@contextlib.contextmanager
+def kernel_counter(mnt: Path) -> Iterator[Count]:
+    """By the tracepoint, in a trace instance of its own, only for this connection."""
+    with _tracing() as tracing:
+        instance = tracing / f"instances/ovlfs-bench-{os.getpid()}"
+        instance.mkdir()
+        try:
+            event = instance / "events/fuse/fuse_request_send"
+            (instance / "buffer_size_kb").write_text("8192", encoding="ascii")
+            (event / "filter").write_text(f"connection == {os.stat(mnt).st_dev}", encoding="ascii")
+            (event / "enable").write_text("1", encoding="ascii")
+
+            def count() -> Counter[str]:
+                found: Counter[str] = Counter()
+                for line in (instance / "trace").read_text(encoding="ascii").splitlines():
+                    _, mark, rest = line.partition(" opcode ")
+                    if mark:
+                        found[_name(int(rest.split()[0]))] += 1
+                return found
+
+            yield count
+            (event / "enable").write_text("0", encoding="ascii")
+        finally:
+            instance.rmdir()
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[Path]:
+    """Where tracefs is mounted; mounted there while it is needed, if it is not."""
+    mount = not (_TRACING / "instances").exists()
+    if mount:
+        peers.run(["mount", "-t", "tracefs", "tracefs", _TRACING])
+    try:
+        if not (_TRACING / "events/fuse/fuse_request_send").exists():
+            raise peers.BenchError("this kernel has no tracepoint fuse:fuse_request_send; count with --count stats")
+        yield _TRACING
+    finally:
+        if mount:
+            peers.run(["umount", _TRACING])
+
+
+@contextlib.contextmanager
+def stats_counter(mnt: Path) -> Iterator[Count]:
+    """By `ovlfs stats`."""
+
+    def count() -> Counter[str]:
+        told = subprocess.run([peers.OVLFS, "stats", "--json", mnt], capture_output=True, check=False, text=True)
+        if told.returncode != 0:
+            raise peers.BenchError(f"ovlfs stats failed: {told.stderr.strip()}")
+        return Counter(
+            {request["operation"].upper(): request["count"] for request in json.loads(told.stdout)["requests"]}
+        )
+
+    yield count
+
+
+def _name(opcode: int) -> str:
+    return OPCODES.get(opcode, str(opcode))
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def make_layers(directory: Path) -> tuple[Path, Path]:
+    """Two layers that both have every directory: many files in the lower, one in the upper of them."""
+    top, bottom = directory / "top", directory / "bottom"
+    for number in range(_DIRECTORIES):
+        for layer, files in ((top, 1), (bottom, _FILES)):
+            (layer / f"d{number}").mkdir(parents=True)
+            for file in range(files):
+                (layer / f"d{number}/f{file}").write_bytes(_CONTENT)
+    return top, bottom
+
+
+def _paths(mnt: Path, name: str = "f") -> list[str]:
+    return [f"{mnt}/d{directory}/{name}{file}" for directory in range(_DIRECTORIES) for file in range(_FILES)]
+
+
+def _each(what: Callable[[str], object], name: str = "f") -> Callable[[Path], None]:
+    def do(mnt: Path) -> None:
+        for path in _paths(mnt, name):
+            what(path)
+
+    return do
+
+
+def _absent(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)
+
+
+def _list(mnt: Path) -> None:
+    for number in range(_DIRECTORIES):
+        os.listdir(f"{mnt}/d{number}")
+
+
+def _list_twice(mnt: Path) -> None:
+    _list(mnt)
+    _list(mnt)
+
+
+def _stat_directories(mnt: Path) -> None:
+    for number in range(_DIRECTORIES):
+        os.stat(f"{mnt}/d{number}")
+
+
+def _read(path: str) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.read(1 << 16)
+
+
+def _create(path: str) -> None:
+    with open(path, "xb", buffering=0) as file:
+        file.write(_CONTENT)
+
+
+def _append(path: str) -> None:
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"x")
+
+
+def _with_open_file(what: Callable[[int], object]) -> Callable[[Path], None]:
+    def do(mnt: Path) -> None:
+        fd = int((mnt.parent / "fd").read_text(encoding="ascii"))
+        for _ in range(TIMES):
+            what(fd)
+
+    return do
+
+
+def _open(mnt: Path) -> None:
+    """The descriptor is remembered beside the mountpoint, and closed by `_close`."""
+    fd = os.open(mnt / "opened", os.O_CREAT | os.O_RDWR)
+    os.pwrite(fd, _CONTENT, 0)
+    os.fsync(fd)
+    (mnt.parent / "fd").write_text(str(fd), encoding="ascii")
+
+
+def _close(mnt: Path) -> None:
+    if (mnt.parent / "fd").exists():
+        os.close(int((mnt.parent / "fd").read_text(encoding="ascii")))
+
+
+def _write_and_sync(fd: int) -> None:
+    os.pwrite(fd, _CONTENT, 0)
+    os.fsync(fd)
+
+
+def _stat_all(mnt: Path) -> None:
+    _list(mnt)
+    _each(os.stat)(mnt)
+
+
+def _make(mnt: Path) -> None:
+    """Files n0, ... in the upperdir, whose names the kernel knows."""
+    _list(mnt)
+    _each(_create, "n")(mnt)
+    _stat_directories(mnt)
+
+
+def _no_xattr(path: str) -> None:
+    with contextlib.suppress(OSError):  # it has none
+        os.getxattr(path, "user.none")
+
+
+OPERATIONS = (
+    Operation("stat of a known name", _each(os.stat), _stat_all, 0, 0),
+    Operation("stat of a name known to be missing", _each(_absent, "missing"), _each(_absent, "missing"), 0, 0),
+    Operation("first stat after the directory was listed", _each(os.stat), _list, 0, 0),
+    Operation("listing a directory", _list, _stat_directories, None, None, times=_DIRECTORIES),
+    Operation("listing again", _list, _list, 0, 0, times=_DIRECTORIES),
+    Operation("listing a third time", _list, _list_twice, 0, 0, times=_DIRECTORIES),
+    Operation("open, read, close of a file already read", _each(_read), _each(_read), 1, 0),
+    Operation("create, write 3 KB, close", _each(_create, "new"), _list, 2),
+    Operation("mkdir", _each(os.mkdir, "dir"), _list, 2),
+    Operation("unlink (upper file)", _each(os.unlink, "n"), _make, 1),
+    Operation("unlink (lower file)", _each(os.unlink), _stat_all, 1),
+    Operation("rename (upper file)", _each(lambda path: os.rename(path, path + ".r"), "n"), _make, 1),
+    Operation("rename (lower file)", _each(lambda path: os.rename(path, path + ".r")), _stat_all, 1),
+    Operation("chmod (upper file)", _each(lambda path: os.chmod(path, 0o640), "n"), _make, 1),
+    Operation("chmod (lower file)", _each(lambda path: os.chmod(path, 0o640)), _stat_all, 1),
+    Operation("write to an open upper file", _with_open_file(lambda fd: os.pwrite(fd, b"x", 7)), _open, 0),
+    Operation("fsync of an open upper file", _with_open_file(os.fsync), _open, 1),
+    Operation("write and fsync", _with_open_file(_write_and_sync), _open, 1),
+    Operation("open, append, close (upper file)", _each(_append, "n"), _make, None),
+    Operation("open, append, close (lower file)", _each(_append), _stat_all, None),
+    Operation("getxattr", _each(_no_xattr), _stat_all, None),
+)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> int:
+    """Count and print: a table for each FUSE peer that was asked for, of itself for ovlfs."""
+    if not args.peers:
+        args.peers = ",".join(["ovlfs", *(f"ovlfs {variant.partition('=')[0]}" for variant in args.variant)])
+    counter = stats_counter if args.count == "stats" else kernel_counter
+    with peers.scratch(args.tmpfs, args.disk) as directory:
+        layers = make_layers(directory)
+        env = peers.environment(directory / "ovlfs")
+        os.environ.update({name: value for name, value in env.items() if name.startswith("OVLFS_")})
+        for peer in chosen_peers(args):
+            if peer == peers.KERNEL:
+                continue
+            print(f"## {peer.name}\n\n| operation | messages | allowed | | by opcode |\n|---|---:|---:|---|---|")
+            modes = [(peer, "")]
+            if peer.judged:
+                modes.append((_read_only(peer), " (read-only mount)"))
+            for mounted_as, suffix in modes:
+                for operation in OPERATIONS:
+                    allowed = operation.allowed_read_only if suffix else operation.allowed
+                    if (suffix and allowed is None) or not _wanted(operation.name, args.only):
+                        continue
+                    try:
+                        sent = _count(operation, mounted_as, layers, directory, counter)
+                    except (OSError, peers.BenchError) as error:
+                        print(f"# {peer.name}: {operation.name}: {error}", file=sys.stderr)
+                        print(f"| {operation.name}{suffix} | - | | | |")
+                        continue
+                    print(_row(operation, suffix, sent, allowed), flush=True)
+            print()
+    return 0
+
+
+def _wanted(name: str, only: str) -> bool:
+    return not only or any(word in name for word in only.split(","))
+
+
+def _read_only(peer: peers.Peer) -> peers.Peer:
+    command = tuple(word.replace(",upperdir={upper},workdir={work}", "") for word in peer.command)
+    return replace(peer, command=command)
+
+
+def _count(
+    operation: Operation,
+    peer: peers.Peer,
+    layers: tuple[Path, Path],
+    directory: Path,
+    counter: Callable[[Path], contextlib.AbstractContextManager[Count]],
+) -> Counter[str]:
+    env = peers.environment(directory / "ovlfs")
+    with peers.mounted(peer, layers, directory / "mounted", env=env) as mnt:
+        os.stat(mnt)
+        with counter(mnt) as count:
+            try:
+                operation.before(mnt)
+                time.sleep(0.05)  # what is sent without waiting
+                before = count()
+                operation.what(mnt)
+                time.sleep(0.05)
+                after = count()
+            finally:
+                _close(mnt)
+    after.subtract(before)
+    return +after
+
+
+def _row(operation: Operation, suffix: str, sent: Counter[str], allowed: float | None) -> str:
+    waited = sum(number for opcode, number in sent.items() if opcode not in NOT_WAITED_FOR)
+    forbidden = any(sent[opcode] > 1 for opcode in NEVER)
+    mark = "" if allowed is None else "ok" if waited <= allowed * operation.times and not forbidden else "**miss**"
+    per = {opcode: _number(number / operation.times) for opcode, number in sent.most_common()}
+    cells = (
+        operation.name + suffix,
+        _number(waited / operation.times),
+        "" if allowed is None else f"{allowed:g}",
+        mark,
+        ", ".join(f"{opcode} {number}" for opcode, number in per.items()),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".")
