@@ -468,16 +468,8 @@ def test_commit_that_is_ended_leaves_nothing_behind(mounted: Mount, scratch: Pat
     with open(mountpoint / "large", "wb") as file:
         file.truncate(8 << 30)
     write(scratch / "out/new.tar", b"precious")
-    command = [
-        sys.executable,
-        "-m",
-        "ovlfs.cli.main",
-        "commit",
-        mountpoint,
-        scratch / "out/new.tar",
-        "--compress",
-        "gzip",
-    ]
+    command = [sys.executable, "-m", "ovlfs.cli.main", "commit", f"{mountpoint}", f"{scratch}/out/new.tar"]
+    command += ["--compress", "gzip"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: len(list((scratch / "out").glob(".ovlfs-commit-*/new"))) == 1, "the layer is being written")
         process.send_signal(number)
