@@ -12,7 +12,7 @@ from ovlfs.cli.main import Parser
 from ovlfs.errors import ImageError, UsageError, printable
 
 if TYPE_CHECKING:
-    from ovlfs.cli.changed import Changed
+    from ovlfs.cli.changed import Changed, Place
     from ovlfs.image.commit import Output, Written
     from ovlfs.image.image import LayerBlob
     from ovlfs.overlay.layer_export import Exported
@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     new_config.changed({}, args.change)  # what makes no sense is known before anything is read
     new_config.timestamp(epoch)
     compression = args.compress or ("none" if output.format is Format.DOCKER_ARCHIVE else "gzip")
-    with changed.opened(changed.find(args.place, args.image), args.platform) as found, _temp(output) as temp:
+    place = changed.find(args.place, args.image)
+    _check_outside(output, place)
+    with changed.opened(place, args.platform) as found, _temp(output) as temp:
         layers, exported = _layers(args, found, os.fsencode(temp), compression, epoch)
         written = _write(args, found, output, layers, exported, epoch)
     _report(output, layers, exported, written)
@@ -102,11 +104,25 @@ def _epoch(typed: str | None) -> int | None:
     return int(text)
 
 
+def _check_outside(output: "Output", place: "Place") -> None:
+    """Raise ImageError where the image would be written into what it is made of."""
+    from ovlfs.fuse import mounting  # noqa: PLC0415
+
+    parent = _parent(output)
+    mountpoint = None if place.mounted is None or not place.mounted.alive else place.mounted.entry.mountpoint
+    for path in (place.upperdir, mountpoint):
+        if path is not None and os.path.isdir(parent) and mounting.is_within(parent, path):
+            raise ImageError(f"{printable(output.path)}: is in {printable(path)}, of which the image is made")
+
+
+def _parent(output: "Output") -> bytes:
+    return os.path.dirname(os.path.realpath(output.path.rstrip(b"/"))) or b"."
+
+
 def _temp(output: "Output") -> "tempfile.TemporaryDirectory[str]":
     """Where the new layer waits to be copied: beside the output, where there is room for it."""
-    parent = os.path.dirname(os.path.realpath(output.path.rstrip(b"/"))) or b"."
     try:
-        return tempfile.TemporaryDirectory(prefix=".ovlfs-commit-", dir=os.fsdecode(parent))
+        return tempfile.TemporaryDirectory(prefix=".ovlfs-commit-", dir=os.fsdecode(_parent(output)))
     except OSError as error:
         raise ImageError(f"{printable(output.path)}: cannot be written: {error.strerror}") from error
 

@@ -403,6 +403,13 @@ def test_commit_says_in_one_line_what_is_wrong(
     assert sorted(os.listdir(scratch)) == ["fifo", "mnt0"]
 
 
+def test_commit_refuses_to_write_into_what_it_reads(ovlfs: Run, changed: Path, scratch: Path) -> None:
+    for out in (changed / "etc/new.tar", scratch / "upper/new.tar", f"{changed}/layout/"):
+        for place in (changed, scratch / "upper"):
+            assert "of which the image is made" in ovlfs("commit", place, out, code=1).stderr
+    assert not list(scratch.rglob("new.tar"))
+
+
 def test_commit_refuses_an_upperdir_of_another_image(ovlfs: Run, changed: Path, scratch: Path) -> None:
     result = ovlfs(
         "commit", changed, scratch / "new.tar", "--image", f"{images()}/small-two-docker20.tar.gz:small:v2", code=1
