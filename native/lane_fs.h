@@ -5,7 +5,8 @@
  *                  lane_file.c   open files: data, holes, passthrough
  *                  lane_change.c changes of what is in the upperdir already
  *                  lane_copy_up.c the plain case of bringing it there
- *                  lane_xattr.c  extended attributes, flags, statfs
+ *                  lane_xattr.c  extended attributes, symlinks, statfs
+ *                  lane_ioctl.c  birth times and flags
  *
  * Nothing here decides what overlayfs means: that is ovlfs/overlay/, the reference for every handler.  A handler answers
  * the plain cases, and passes the rest on.
@@ -159,5 +160,9 @@ enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_statfs(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_readlink(struct ovl_lane_ask *ask);
+
+/* lane_ioctl.c */
+enum ovl_lane_verdict ovl_lane_statx(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_ioctl(struct ovl_lane_ask *ask);
 
 #endif
