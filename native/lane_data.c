@@ -143,22 +143,21 @@ static ssize_t read_file(const struct ovl_lane_ask *ask, struct ovl_lane_file *f
 			 uint64_t offset)
 {
 	struct ovl_lane_reader *reader = ask->answer->reader;
-	int fd = file->upper ? file->fd : follow_copy_up(ask->fs, file);
+	ovl_err_t err = ovl_lane_file_find(ask->fs, file);
+	int fd;
 
+	if (err)
+		return err;
+	fd = file->upper ? file->fd : follow_copy_up(ask->fs, file);
 	return fd >= 0 ? read_all(reader, fd, to, size, offset) : read_lower(reader, file, to, size, offset);
 }
 
 /* Without an open: the inode alone says what to read. */
 static ssize_t read_inode(const struct ovl_lane_ask *ask, unsigned char *to, size_t size, uint64_t offset)
 {
-	struct ovl_lane_reader *reader = ask->answer->reader;
-	struct ovl_lane_file file = {.nodeid = ask->header.nodeid, .fd = -1};
-	ovl_err_t err = ovl_lane_file_open_lower(ask->fs, &file);
-	ssize_t got;
+	struct ovl_lane_file file = {.nodeid = ask->header.nodeid, .fd = -1, .followed = -1};
+	ssize_t got = read_file(ask, &file, to, size, offset);
 
-	if (err)
-		return err == OVL_ASK ? -EIO : err;
-	got = file.upper ? read_all(reader, file.fd, to, size, offset) : read_lower(reader, &file, to, size, offset);
 	if (file.fd >= 0)
 		close(file.fd);
 	return got;
@@ -387,9 +386,13 @@ static int64_t seek_tar(const struct ovl_lane_file *file, uint64_t offset, bool 
 
 static int64_t seek_file(struct ovl_lane_fs *fs, struct ovl_lane_file *file, uint64_t offset, uint32_t whence)
 {
-	int fd = file->upper ? file->fd : follow_copy_up(fs, file);
+	ovl_err_t err = ovl_lane_file_find(fs, file);
 	off_t at;
+	int fd;
 
+	if (err)
+		return err;
+	fd = file->upper ? file->fd : follow_copy_up(fs, file);
 	if (fd < 0 && file->tar)
 		return seek_tar(file, offset, whence == SEEK_HOLE);
 	at = lseek(fd >= 0 ? fd : file->fd, (off_t)offset, (int)whence);
@@ -410,7 +413,7 @@ enum ovl_lane_verdict ovl_lane_lseek(struct ovl_lane_ask *ask)
 	if ((in.whence != SEEK_DATA && in.whence != SEEK_HOLE) || in.offset > INT64_MAX)
 		return ovl_lane_fail(ask, EINVAL);
 	if (ask->fs->no_open) {
-		at = ovl_lane_file_open_lower(ask->fs, &unopened) ? -EIO : seek_file(ask->fs, &unopened, in.offset, in.whence);
+		at = seek_file(ask->fs, &unopened, in.offset, in.whence);
 		if (unopened.fd >= 0)
 			close(unopened.fd);
 	} else {
@@ -436,10 +439,14 @@ static bool is_not_in_kernel(int error)
 static ssize_t copy_some(const struct ovl_lane_ask *ask, struct ovl_lane_file *from, uint64_t offset, int to, uint64_t to_offset,
 			 size_t len)
 {
-	int fd = from->upper ? from->fd : follow_copy_up(ask->fs, from);
+	ovl_err_t err = ovl_lane_file_find(ask->fs, from);
 	unsigned char *piece;
 	ssize_t got;
+	int fd;
 
+	if (err)
+		return err;
+	fd = from->upper ? from->fd : follow_copy_up(ask->fs, from);
 	if (fd < 0 && !from->tar)
 		fd = from->fd;
 	if (fd >= 0) {

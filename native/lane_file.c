@@ -207,6 +207,7 @@ static ovl_err_t open_upper_file(struct ovl_lane_fs *fs, struct ovl_lane_io *io,
 	ovl_err_t err;
 
 	file->upper = true;
+	atomic_store(&file->found, true);
 	if (io->fd >= 0) {
 		file->fd = io->fd;
 		return 0;
@@ -223,20 +224,27 @@ static ovl_err_t open_upper_file(struct ovl_lane_fs *fs, struct ovl_lane_io *io,
 	return err;
 }
 
-ovl_err_t ovl_lane_file_open_lower(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
+ovl_err_t ovl_lane_file_find(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
 {
 	struct ovl_data data;
-	ovl_err_t err = ovl_tree_open_data(fs->tree, file->nodeid, O_RDONLY, &data);
+	ovl_err_t err = 0;
 
-	if (err)
-		return err;
-	file->upper = data.upper; /* copied up just now */
-	file->tar = data.kind == OVL_DATA_TAR;
-	file->fd = data.fd;
-	file->size = data.size;
-	file->layer = data.layer;
-	file->ref = data.ref;
-	return 0;
+	if (atomic_load(&file->found))
+		return 0;
+	pthread_mutex_lock(&fs->files.lock);
+	if (!atomic_load(&file->found))
+		err = ovl_tree_open_data(fs->tree, file->nodeid, O_RDONLY, &data);
+	if (!err && !atomic_load(&file->found)) {
+		file->upper = data.upper; /* it was copied up meanwhile */
+		file->tar = data.kind == OVL_DATA_TAR;
+		file->fd = data.fd;
+		file->size = data.size;
+		file->layer = data.layer;
+		file->ref = data.ref;
+		atomic_store(&file->found, true);
+	}
+	pthread_mutex_unlock(&fs->files.lock);
+	return err == OVL_ASK ? -EIO : err;
 }
 
 ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t flags, int fd, struct fuse_open_out *out)
@@ -264,7 +272,8 @@ ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t f
 		io->bare = true;
 		fd = -1;
 	}
-	err = ovl_tree_has_upper_data(fs->tree, nodeid) ? open_upper_file(fs, io, file) : ovl_lane_file_open_lower(fs, file);
+	if (ovl_tree_has_upper_data(fs->tree, nodeid))
+		err = open_upper_file(fs, io, file);
 	if (!err && wants_write(flags) && (!file->upper || io->fd < 0))
 		err = -EIO; /* whoever passed it on has seen to the copy-up */
 	if (!err && wants_write(flags) && io->writers == 0)
@@ -416,8 +425,6 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 		ovl_gate_changed(&fs->gate);
 		ask->answer->changed = true;
 	}
-	if (err == OVL_ASK)
-		err = -EIO; /* there is no layer that could not be read from here (session.py) */
 	if (err)
 		return ovl_lane_fail(ask, -err);
 	ovl_lane_put(ask->answer, &out, sizeof(out));

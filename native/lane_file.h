@@ -23,6 +23,7 @@ struct ovl_lane_file {
 	uint64_t nodeid;
 	uint32_t flags; /* of the open */
 	bool upper, tar, passed;
+	atomic_bool found; /* what follows is known: of a lower file only when it is read, which is rare (page cache) */
 	int fd;         /* not tar: where to read and write; io->fd, or owned */
 	atomic_int followed; /* a lower file's: the upper file since a copy-up, owned; -1: none yet */
 	uint64_t size;  /* lower: what there has to be */
@@ -39,7 +40,8 @@ static inline bool wants_write(uint32_t flags)
 struct ovl_lane_file *ovl_lane_file_get(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid);
 void ovl_lane_file_put(struct ovl_lane_fs *fs, struct ovl_lane_file *file);
 
-/* Fills in where the inode `file->nodeid` is read from: file->fd is the caller's then. */
-ovl_err_t ovl_lane_file_open_lower(struct ovl_lane_fs *fs, struct ovl_lane_file *file);
+/* Fills in where the inode `file->nodeid` is read from, if that is not known; file->fd is the file's then.  OVL_ASK cannot
+ * be: there is no layer that is not read from here (session.py). */
+ovl_err_t ovl_lane_file_find(struct ovl_lane_fs *fs, struct ovl_lane_file *file);
 
 #endif
