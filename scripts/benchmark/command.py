@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from benchmark import compare, messages
-from benchmark.peers import BenchError
+from benchmark.peers import BenchError, unmount_when_terminated
 
 
 def main() -> int:
@@ -58,8 +58,12 @@ def main() -> int:
         parser.error("kernel overlayfs needs root")
     if args.rounds < 1 or args.scale <= 0:
         parser.error("--rounds and --scale should be positive")
+    unmount_when_terminated()
     try:
         return messages.main(args) if args.messages else compare.main(args)
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
