@@ -88,7 +88,17 @@ def test_bench_that_is_terminated_leaves_no_mount(scratch: Path, image: Path) ->
     """SIGTERM in the middle of a workload: programs, mounts and the tmpfs go."""
     place = scratch / "place"
     place.mkdir()
-    command = ["scripts/bench", "--tmpfs", place, "--image", image, "--only", "missing", "--peers", "ovlfs"]
+    command: list[str | Path] = [
+        "scripts/bench",
+        "--tmpfs",
+        place,
+        "--image",
+        image,
+        "--only",
+        "missing",
+        "--peers",
+        "ovlfs",
+    ]
     script = subprocess.Popen([*command, "--rounds", "9999"], cwd=ROOT, stderr=subprocess.PIPE)
     while not any(str(place) in line and "fuse.ovlfs" in line for line in mountinfo().splitlines()):
         assert script.poll() is None
