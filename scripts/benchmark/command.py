@@ -51,8 +51,8 @@ def main() -> int:
     how.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw the ratios to kernel overlayfs")
     counted = parser.add_argument_group("messages")
     counted.add_argument("--messages", action="store_true", help="count messages by operation")
-    counted.add_argument("--count", choices=("kernel", "stats"), help="by the kernel's tracepoint, or by `ovlfs stats` "
-                         "(default: the kernel, if it has it)")  # fmt: skip
+    counted.add_argument("--count", choices=("kernel", "stats"), default="kernel",
+                         help="by the kernel's tracepoint (default), or by `ovlfs stats`")  # fmt: skip
     args = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("kernel overlayfs needs root")

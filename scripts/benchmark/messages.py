@@ -63,30 +63,34 @@ Count = Callable[[], Counter[str]]
 """What was sent since the mount, by opcode."""
 
 
-@contextlib.contextmanager
-def kernel_counter(mnt: Path) -> Iterator[Count]:
+CountAt = Callable[[Path], contextlib.AbstractContextManager[Count]]
+"""Begins to count at a mountpoint."""
+
+
+def _kernel_counter(tracing: Path) -> CountAt:
     """By the tracepoint, in a trace instance of its own, only for this connection."""
-    with _tracing() as tracing:
+
+    @contextlib.contextmanager
+    def counter(mnt: Path) -> Iterator[Count]:
         instance = tracing / f"instances/ovlfs-bench-{os.getpid()}"
         instance.mkdir()
+        event = instance / "events/fuse/fuse_request_send"
         try:
-            event = instance / "events/fuse/fuse_request_send"
             (instance / "buffer_size_kb").write_text("8192", encoding="ascii")
             (event / "filter").write_text(f"connection == {os.stat(mnt).st_dev}", encoding="ascii")
             (event / "enable").write_text("1", encoding="ascii")
 
             def count() -> Counter[str]:
-                found: Counter[str] = Counter()
-                for line in (instance / "trace").read_text(encoding="ascii").splitlines():
-                    _, mark, rest = line.partition(" opcode ")
-                    if mark:
-                        found[_name(int(rest.split()[0]))] += 1
-                return found
+                lines = (instance / "trace").read_text(encoding="ascii").splitlines()
+                opcodes = [line.partition(" opcode ")[2].split() for line in lines if " opcode " in line]
+                return Counter(OPCODES.get(int(words[0]), words[0]) for words in opcodes)
 
             yield count
-            (event / "enable").write_text("0", encoding="ascii")
         finally:
+            (event / "enable").write_text("0", encoding="ascii")
             instance.rmdir()
+
+    return counter
 
 
 @contextlib.contextmanager
@@ -97,7 +101,7 @@ def _tracing() -> Iterator[Path]:
         peers.run(["mount", "-t", "tracefs", "tracefs", _TRACING])
     try:
         if not (_TRACING / "events/fuse/fuse_request_send").exists():
-            raise peers.BenchError("this kernel has no tracepoint fuse:fuse_request_send; count with --count stats")
+            raise peers.BenchError("this kernel has no tracepoint fuse:fuse_request_send; use --count stats")
         yield _TRACING
     finally:
         if mount:
@@ -112,15 +116,10 @@ def stats_counter(mnt: Path) -> Iterator[Count]:
         told = subprocess.run([peers.OVLFS, "stats", "--json", mnt], capture_output=True, check=False, text=True)
         if told.returncode != 0:
             raise peers.BenchError(f"ovlfs stats failed: {told.stderr.strip()}")
-        return Counter(
-            {request["operation"].upper(): request["count"] for request in json.loads(told.stdout)["requests"]}
-        )
+        operations = json.loads(told.stdout)["operations"]
+        return Counter({name: one["requests"] for name, one in operations.items()})
 
     yield count
-
-
-def _name(opcode: int) -> str:
-    return OPCODES.get(opcode, str(opcode))
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -260,19 +259,18 @@ def main(args: argparse.Namespace) -> int:
     """Count and print: a table for each FUSE peer that was asked for, of itself for ovlfs."""
     if not args.peers:
         args.peers = ",".join(["ovlfs", *(f"ovlfs {variant.partition('=')[0]}" for variant in args.variant)])
-    counter = stats_counter if args.count == "stats" else kernel_counter
-    with peers.scratch(args.tmpfs, args.disk) as directory:
-        layers = make_layers(directory)
+    if args.pin is not None:
+        os.sched_setaffinity(0, {args.pin})
+    taking_part = [peer for peer in chosen_peers(args) if peer != peers.KERNEL]
+    with contextlib.ExitStack() as stack:
+        counter = stats_counter if args.count == "stats" else _kernel_counter(stack.enter_context(_tracing()))
+        directory = stack.enter_context(peers.scratch(args.tmpfs, args.disk))
         env = peers.environment(directory / "ovlfs")
         os.environ.update({name: value for name, value in env.items() if name.startswith("OVLFS_")})
-        for peer in chosen_peers(args):
-            if peer == peers.KERNEL:
-                continue
+        layers = make_layers(directory)
+        for peer in taking_part:
             print(f"## {peer.name}\n\n| operation | messages | allowed | | by opcode |\n|---|---:|---:|---|---|")
-            modes = [(peer, "")]
-            if peer.judged:
-                modes.append((_read_only(peer), " (read-only mount)"))
-            for mounted_as, suffix in modes:
+            for mounted_as, suffix in _modes(peer):
                 for operation in OPERATIONS:
                     allowed = operation.allowed_read_only if suffix else operation.allowed
                     if (suffix and allowed is None) or not _wanted(operation.name, args.only):
@@ -280,12 +278,17 @@ def main(args: argparse.Namespace) -> int:
                     try:
                         sent = _count(operation, mounted_as, layers, directory, counter)
                     except (OSError, peers.BenchError) as error:
-                        print(f"# {peer.name}: {operation.name}: {error}", file=sys.stderr)
+                        print(f"# {peer.name}: {operation.name}{suffix}: {error}", file=sys.stderr)
                         print(f"| {operation.name}{suffix} | - | | | |")
                         continue
                     print(_row(operation, suffix, sent, allowed), flush=True)
             print()
     return 0
+
+
+def _modes(peer: peers.Peer) -> list[tuple[peers.Peer, str]]:
+    """Mounted as it is; and ovlfs without an upperdir, too."""
+    return [(peer, "")] + ([(_read_only(peer), " (read-only mount)")] if peer.judged else [])
 
 
 def _wanted(name: str, only: str) -> bool:
@@ -298,11 +301,7 @@ def _read_only(peer: peers.Peer) -> peers.Peer:
 
 
 def _count(
-    operation: Operation,
-    peer: peers.Peer,
-    layers: tuple[Path, Path],
-    directory: Path,
-    counter: Callable[[Path], contextlib.AbstractContextManager[Count]],
+    operation: Operation, peer: peers.Peer, layers: tuple[Path, Path], directory: Path, counter: CountAt
 ) -> Counter[str]:
     env = peers.environment(directory / "ovlfs")
     with peers.mounted(peer, layers, directory / "mounted", env=env) as mnt:
