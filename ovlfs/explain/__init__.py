@@ -1,0 +1,1 @@
+"""The same lookup replayed for people: what layers say, what hides what, and why."""
