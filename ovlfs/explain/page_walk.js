@@ -94,7 +94,8 @@ function drawWalk() {
     if (say && made) add(item, "span", "made", made).title = made;
     layer = bottom;
     if (isLast) {
-      const stops = layer > 1 && (/stop|win/.test(css) || layer > (i > 0 ? sources(parents[i]).at(-1) : 1));
+      const below = [...said.keys()].some((number) => number < layer) || layer > (i > 0 ? sources(parents[i]).at(-1) : 1);
+      const stops = layer > 1 && (/stop|win/.test(css) || below);
       list.append(endMark(stops ? "the lookup stops here" : "no layer is left to ask", !stops));
     }
   }
