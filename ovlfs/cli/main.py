@@ -26,6 +26,7 @@ _VERBS = {
     "layers": "show what each layer of an image brought, and what of it is wasted",
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",
+    "lesson": "learn overlays on a real one, by predicting what happens",
     "version": "print the versions of ovlfs and of what it uses",
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}

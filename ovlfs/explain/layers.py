@@ -275,8 +275,7 @@ def _merge(stack: Sequence[Layer | None], root: Path) -> set[Source]:
     """Look every name up in the whole stack.  Returns the inodes of the layers that the merged tree shows."""
     log: list[tuple[int, Ref, Name]] = []
     heard: list[Layer | None] = [
-        None if layer is None else _Heard(layer, len(stack) - index, log)
-        for index, layer in enumerate(stack)
+        None if layer is None else _Heard(layer, len(stack) - index, log) for index, layer in enumerate(stack)
     ]
     number = [len(stack) - index for index in range(len(stack))]
     seen: set[Source] = set()

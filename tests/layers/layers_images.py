@@ -2,8 +2,9 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 
-Layer = list[tuple[bytes, bytes | None]]
+Layer = Sequence[tuple[bytes, bytes | None]]
 """Paths and contents; None: a directory."""
 
 EVIL = [
