@@ -42,14 +42,14 @@ def test_layers_say_what_the_flattened_trees_show(stack: list[Content]) -> None:
         kept = {shown.owner for shown in merged.values() if shown.layer == index}
         assert layer.bytes == sum(held.values())
         assert layer.wasted_bytes == sum(size for path, size in held.items() if path not in kept)
-    for path in list(facts.root.walk())[1:]:
-        name = path.path().decode()[1:]
+    for node in list(facts.root.walk())[1:]:
+        name = node.path().decode()[1:]
         shown = merged.get(name)
-        assert path.events == events.get(name, [])
-        assert path.kind == ("" if shown is None else "directory" if shown.kind == "dir" else shown.kind)
-        assert bool(path.sources) == (shown is not None)
+        assert node.events == events.get(name, [])
+        assert node.kind == ("" if shown is None else "directory" if shown.kind == "dir" else shown.kind)
+        assert bool(node.sources) == (shown is not None)
         if shown is not None:
-            assert path.sources[0] == len(stack) - shown.layer
-            assert path.sources[-1] in path.asked
-    counted = sum(say.bytes for path in facts.root.walk() for say in path.says if say.counts)
+            assert node.sources[0] == len(stack) - shown.layer
+            assert node.sources[-1] in node.asked
+    counted = sum(say.bytes for node in facts.root.walk() for say in node.says if say.counts)
     assert counted == sum(layer.bytes for layer in facts.layers)
