@@ -26,8 +26,8 @@ from ovlfs.layer import merge
 from ovlfs.layer.base import Attr, Entry, Layer, Ref, What
 from ovlfs.layer.merge import Found, Source
 
-MAX_NAMES = 4_000_000
-"""More names than that, in all layers together, are refused: each takes some 500 bytes of memory here."""
+MAX_NAMES = 2_000_000
+"""More names than that, in all layers together, are refused: each takes about a kilobyte of memory here."""
 
 _DAMAGED = frozenset((errno.EIO, errno.EUCLEAN))
 """What merge says of one name that a mount could not show either (a hard link to nothing): the others are fine."""
@@ -86,6 +86,9 @@ class Say:
     wasted: bool = False
 
 
+Events = tuple[tuple[int, str], ...]
+
+
 @dataclass(slots=True, eq=False)
 class Path:
     """One path that any layer mentions.
@@ -106,7 +109,7 @@ class Path:
     sources: tuple[int, ...] = ()
     kind: str = ""
     target: bytes = b""
-    events: list[tuple[int, str]] = field(default_factory=list)
+    events: Events = ()
     damage: str = ""
     children: "dict[bytes, Path]" = field(default_factory=dict)
 
@@ -153,10 +156,14 @@ def instruction(created_by: str) -> str:
     return rest.removeprefix(nothing).lstrip() if rest.startswith(nothing) else f"RUN {rest.lstrip()}"
 
 
+Asked = tuple[int, Ref, Name, What | None]
+"""What merge asked: the layer's number, the directory and the name; and what the layer said."""
+
+
 class _Heard:
     """A layer that writes down what it is asked and how it answers; all else is the layer's own."""
 
-    def __init__(self, layer: Layer, number: int, log: "list[tuple[int, Ref, Name]]") -> None:
+    def __init__(self, layer: Layer, number: int, log: "list[Asked]") -> None:
         self._layer = layer
         self._number = number
         self._log = log
@@ -165,8 +172,9 @@ class _Heard:
         return getattr(self._layer, attribute)
 
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
-        self._log.append((self._number, directory, name))
-        return self._layer.lookup(directory, name)
+        entry = self._layer.lookup(directory, name)
+        self._log.append((self._number, directory, name, None if entry is None else entry.what))
+        return entry
 
 
 def gather(layers: Sequence[Layer], made: Sequence[Made]) -> Facts:
@@ -188,8 +196,9 @@ def gather(layers: Sequence[Layer], made: Sequence[Made]) -> Facts:
         for _, say in names:
             say.wasted = wasted
         next((say for path, say in names if say.layer in path.sources), names[0][1]).counts = True
+    shared: dict[Events, Events] = {}
     for index in range(count, 0, -1):
-        _compare(stack, index, facts[index - 1], root)
+        _compare(stack, index, facts[index - 1], root, shared)
     return Facts(facts[::-1], root)
 
 
@@ -273,7 +282,8 @@ def kind_of(mode: int) -> str:
 
 def _merge(stack: Sequence[Layer | None], root: Path) -> set[Source]:
     """Look every name up in the whole stack.  Returns the inodes of the layers that the merged tree shows."""
-    log: list[tuple[int, Ref, Name]] = []
+    log: list[Asked] = []
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # few are different, and each path has two
     heard: list[Layer | None] = [
         None if layer is None else _Heard(layer, len(stack) - index, log) for index, layer in enumerate(stack)
     ]
@@ -295,11 +305,13 @@ def _merge(stack: Sequence[Layer | None], root: Path) -> set[Source]:
                     raise
                 path.damage = error.strerror or os.strerror(error.errno or 0)
                 found = None
-            path.asked = tuple(layer for layer, ref, asked in log if asked == name and (layer, ref) in directories)
+            asked = _asked(log, name, directories)
+            path.asked = shared.setdefault(asked, asked)
             if found is None:
                 continue
             seen.update(found.sources)
-            path.sources = tuple(number[source.layer] for source in found.sources)
+            serving = tuple(number[source.layer] for source in found.sources)
+            path.sources = shared.setdefault(serving, serving)
             if found.is_dir:
                 path.kind = "directory"
                 todo.append((path, found.sources))
@@ -312,10 +324,23 @@ def _merge(stack: Sequence[Layer | None], root: Path) -> set[Source]:
     return seen
 
 
+def _asked(log: Sequence[Asked], name: Name, directories: set[tuple[int, Ref]]) -> tuple[int, ...]:
+    """The layers that were asked for the name itself; where a hard link leads further down is another lookup."""
+    layers: list[int] = []
+    for layer, ref, asked, what in log:
+        if asked == name and (layer, ref) in directories:
+            layers.append(layer)
+        if what is What.LINK_BELOW:
+            break
+    return tuple(layers)
+
+
 # ---- one layer against those below -----------------------------------------------------------------------------------
 
 
-def _compare(stack: Sequence[Layer | None], index: int, fact: LayerFacts, root: Path) -> None:
+def _compare(
+    stack: Sequence[Layer | None], index: int, fact: LayerFacts, root: Path, shared: "dict[Events, Events]"
+) -> None:
     """Compare the tree that layer `index` and those below it make with the tree without it."""
     now = tuple(merge.roots(stack, index))
     todo: list[tuple[Path, tuple[Source, ...], tuple[Source, ...]]] = [
@@ -324,11 +349,14 @@ def _compare(stack: Sequence[Layer | None], index: int, fact: LayerFacts, root: 
     while todo:
         directory, now, before = todo.pop()
         for name in _may_differ(stack, index, now, before):
-            path = directory.children[name]
+            path = directory.children.get(name)
+            if path is None:
+                continue  # somebody made it just now, in a directory
             new, old = _look(stack, now, name), _look(stack, before, name)
             event = _event(new, old)
             if event:
-                path.events.append((fact.number, event))
+                events = (*path.events, (fact.number, event))
+                path.events = shared.setdefault(events, events)
                 setattr(fact, event, getattr(fact, event) + 1)
             new_sources = new.sources if new is not None and new.is_dir else ()
             old_sources = old.sources if old is not None and old.is_dir else ()

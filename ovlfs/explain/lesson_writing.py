@@ -80,8 +80,8 @@ def copy_up(world: World, talk: Talk) -> None:
         "c",
         """
         A write copies up the whole file, to a temporary file in workdir, which then takes its place in one rename. That
-        is the price of the first byte written to a big lower file; the second is free. The copy below is what it was,
-        so an image is never smaller for a file that a later layer changed.
+        is the price of the first byte written to a big lower file; the second is free. The file below is what it was:
+        changing a file in a later layer never makes an image smaller.
         """,
     )
     talk.line(f"$ stat -c %s lower1/srv/big\n{os.stat(world.path('lower1/srv/big')).st_size}")
@@ -205,7 +205,7 @@ def links_and_inodes(world: World, talk: Talk) -> None:
         """
         The number of the lower inode is shown before and after. upper/alone carries overlay.origin, a file handle of
         the lower inode, so that the number is found again also after a remount. (Where the layers lie on several file
-        systems the kernel needs xino for numbers that do not collide; ovlfs always has its own.)
+        systems, the kernel needs xino for this; ovlfs always has numbers of its own.)
         """,
     )
 

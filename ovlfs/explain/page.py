@@ -127,7 +127,7 @@ def payload(facts: Facts) -> dict[str, Any]:
         columns["kind"].append(kinds.of(path.kind if path.sources else ""))
         columns["asked"].append(lists.of(path.asked))
         columns["sources"].append(lists.of(path.sources))
-        columns["events"].append(lists.of(tuple(path.events)))
+        columns["events"].append(lists.of(path.events))
         flat: list[int] = []
         for say in path.says:
             flat += (say.layer, kinds.of(say.kind), say.bytes, say.counts + 2 * say.wasted)

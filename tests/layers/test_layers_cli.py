@@ -1,5 +1,6 @@
 """`ovlfs layers`: the table, the JSON, the file that --html writes, and what goes wrong."""
 
+import io
 import json
 import os
 import re
@@ -95,6 +96,49 @@ def test_a_name_deleted_and_made_again(ovlfs: Run, image_of: Callable[..., Path]
         for layer in described(ovlfs, image_of(layers, []))
     ]
     assert counts == [(1, 0, 0, 1), (0, 0, 1, 0), (1, 0, 0, 3), (0, 1, 0, 0)]
+
+
+def link_to(name: str, target: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.LNKTYPE, target
+    return member
+
+
+def linking(*links: tuple[str, str]) -> TarLayer:
+    """A layer of hard links only."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, target in links:
+            tar.addfile(link_to(name, target))
+    scanner = _native.TarScanner()
+    scanner.feed(stream.getvalue())
+    return TarLayer(scanner.finish(), -1, base_offset=0, layer_number=1)
+
+
+def test_a_hard_link_to_a_layer_below_keeps_its_bytes() -> None:
+    """A file that is whited out, and has another name by way of a later layer's link, is not wasted."""
+    bottom = TarLayer(scanned([(b"a", b"12345"), (b"b", b"1")]), -1, base_offset=0, layer_number=0)
+    links = linking(("c", "a"))
+    top = TarLayer(scanned([(b".wh.a", b""), (b".wh.b", b"")]), -1, base_offset=0, layer_number=2)
+    facts = gather([top, links, bottom], [Made()] * 3)
+    assert [layer.wasted_bytes for layer in facts.layers] == [1, 0, 0]
+    paths = {path.name: path for path in facts.root.walk()}
+    assert (paths[b"c"].kind, paths[b"c"].sources, paths[b"c"].asked) == ("file", (1,), (3, 2))
+    assert [say.kind for say in paths[b"c"].says] == ["hard link below"]
+    assert paths[b"c"].events == ((2, "added"),)
+    assert paths[b"a"].events == ((1, "added"), (3, "deleted"))
+    assert [say.counts for path in facts.root.walk() for say in path.says if say.kind == "file"] == [True, True]
+
+
+def test_a_hard_link_to_nothing_is_one_damaged_name() -> None:
+    """A mount answers EIO for that name and shows all others; so do the facts."""
+    bottom = TarLayer(scanned([(b"a", b"12345")]), -1, base_offset=0, layer_number=0)
+    facts = gather([linking(("c", "none")), bottom], [Made()] * 2)
+    paths = {path.name: path for path in facts.root.walk()}
+    assert "no layer below has" in paths[b"c"].damage
+    assert paths[b"c"].sources == ()
+    assert [(layer.added, layer.files) for layer in facts.layers] == [(1, 1), (0, 1)]
+    assert "no layer below has" in page.payload(facts)["notes"][2]
 
 
 def test_history_lines_as_a_dockerfile_has_them() -> None:

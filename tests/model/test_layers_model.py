@@ -45,7 +45,7 @@ def test_layers_say_what_the_flattened_trees_show(stack: list[Content]) -> None:
     for node in list(facts.root.walk())[1:]:
         name = node.path().decode()[1:]
         shown = merged.get(name)
-        assert node.events == events.get(name, [])
+        assert list(node.events) == events.get(name, [])
         assert node.kind == ("" if shown is None else "directory" if shown.kind == "dir" else shown.kind)
         assert bool(node.sources) == (shown is not None)
         if shown is not None:
