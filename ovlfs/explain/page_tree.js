@@ -73,7 +73,7 @@ function row(place) {
   element.setAttribute("aria-selected", String(i === selected));
   if (mayOpen(i)) element.setAttribute("aria-expanded", String(isOpen(i)));
   element.style.top = `${place * ROW}px`;
-  element.style.paddingLeft = `${6 + Math.min(depth[i], 24) * 15}px`;
+  element.style.paddingLeft = `${6 + Math.min(depth[i], 13) * 14}px`;
   const mark = mayOpen(i) ? (isOpen(i) ? "▾" : "▸") : "";
   add(element, "span", "twist", mark).setAttribute("aria-hidden", "true");
   add(element, "span", "dot").title = ghost ? "hidden" : theLayers(sources(i));

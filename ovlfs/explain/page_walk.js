@@ -58,7 +58,8 @@ function unasked(i, layer) {
   if (layer < (asked(i).at(-1) ?? Infinity)) return "not asked";
   const parent = parents[i];
   const has = saysOf(parent).some((say) => say.layer === layer);
-  return has ? "not asked" : `has no ${pathOf(parent)}, is not asked`;
+  const path = pathOf(parent);
+  return has ? "not asked" : `has no ${path.length < 40 ? path : "such directory"}, is not asked`;
 }
 
 function drawWalk() {
@@ -83,8 +84,9 @@ function drawWalk() {
     const say = said.get(layer);
     const { css, what, rule } = step(i, layer, say);
     const bottom = !say ? lastSilent(layer, said, reached, last) : layer; // several that say nothing are one row
+    const isFirst = bottom <= reached[0] && layer >= reached[0];
     const isLast = bottom <= last && layer >= last;
-    const item = coloured(add(list, "li", `step ${css}${isLast ? " last" : ""}`), layer);
+    const item = coloured(add(list, "li", `step ${css}${isLast ? " last" : ""}${isFirst ? " first" : ""}`), layer);
     add(item, "span", "badge", bottom < layer ? `${layer}–${bottom}` : String(layer));
     const line = add(item, "span", "says");
     add(line, "span", "what", what);
