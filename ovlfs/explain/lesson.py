@@ -197,7 +197,7 @@ class World:
                 self.talk.line(f"    {line}")
 
     def mount(self) -> None:
-        """Mount all lower directories below upper on merged."""
+        """Mount all lower directories below upper on merged, and show what upper has."""
         lowers = ":".join(f"lower{number}" for number in range(self.lowers, 0, -1))
         options = f"lowerdir={lowers},upperdir=upper,workdir=work"
         for name in ("upper", "work", "merged"):
@@ -205,6 +205,7 @@ class World:
         self.talk.line()
         self.talk.line(f"$ {self.mounter.command(options, 'merged')}")
         self.mounter.mount(self.root, options, "merged")
+        self.show_upper()
 
     def unmount(self) -> None:
         """Unmount merged."""

@@ -74,7 +74,6 @@ def whiteout(world: World, talk: Talk) -> None:
     world.lower({"motd": "hello\n", "etc/passwd": "root\n"})
     world.show_lowers()
     world.mount()
-    world.show_upper()
 
     question = talk.ask(
         "What will be in upper after `rm merged/motd`?",

@@ -289,9 +289,10 @@ def remount(world: World, talk: Talk) -> None:
         {(True, True, True): "a", (True, False, True): "b", (False, False, False): "c"}.get(kept),
         "a",
         """
-        Files, whiteouts and marks in upper are all there is to know. That is why upper can be moved to another machine,
-        if its xattrs and devices are copied with it (cp -a, rsync -aX, tar --xattrs as root), or made into a layer of
-        an image; and why two mounts must never use one upper at the same time.
+        Files, whiteouts and marks in upper are all there is to know. That is why upper can be copied, if its xattrs and
+        devices are (cp -a, rsync -aX, tar --xattrs as root), or made into a layer of an image; and why two mounts must
+        never use one upper at the same time. (With index=on the kernel binds an upper to its lower directories by their
+        file handles, and refuses copies.)
         """,
     )
 

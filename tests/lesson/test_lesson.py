@@ -209,6 +209,7 @@ def test_a_signal_leaves_nothing(place: Path, number: signal.Signals, kernel: bo
     assert "interrupted" in terminal.shown
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_time_leaves_nothing(place: Path) -> None:
     """Also while a mount is being made or taken away: whenever it comes."""
     for number in range(12):
