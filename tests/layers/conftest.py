@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from layers_images import EVIL, Layer, make_tar
-
-FIXTURES = Path(__file__).parent.parent / "image" / "fixtures.tar.xz"
+from layers_images import EVIL, FIXTURES, Layer, make_tar
 
 
 @pytest.fixture(scope="session")

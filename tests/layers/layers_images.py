@@ -3,6 +3,9 @@
 import io
 import tarfile
 from collections.abc import Sequence
+from pathlib import Path
+
+FIXTURES = Path(__file__).parent.parent / "image" / "fixtures.tar.xz"
 
 Layer = Sequence[tuple[bytes, bytes | None]]
 """Paths and contents; None: a directory."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layers_images import Layer, make_tar
+from layers_images import FIXTURES, Layer, make_tar
 
 from ovlfs import _native
 from ovlfs.errors import OvlfsError
@@ -46,6 +46,20 @@ def test_table_of_a_real_image(ovlfs: Run, real_image: Path) -> None:
     """What docker's image of nine layers holds; the counts are those of the model test's rules."""
     out = ovlfs("layers", real_image).stdout
     assert "\n".join(line[:78].rstrip() for line in out.splitlines()) == TABLE
+
+
+def test_every_tool_wrote_the_same_layers(ovlfs: Run, tmp_path: Path) -> None:
+    """The same image as docker, podman, skopeo, umoci and buildah save it: the same facts, compressed or not."""
+    with tarfile.open(FIXTURES) as tar:
+        tar.extractall(tmp_path, filter="data")
+    forms = ("small-docker20.tar", "small-podman.tar", "small-skopeo.tar", "small-oci.tar", "small-plain.oci.tar")
+    compressed = ("small-zstd.oci.tar", "small-zstdchunked.oci.tar")
+    told = []
+    for form in (*forms, *compressed):
+        (path,) = tmp_path.rglob(form)
+        told.append([layer | {"stored_bytes": 0, "created_by": ""} for layer in described(ovlfs, path)])
+    assert len(told[0]) == 9
+    assert all(one == told[0] for one in told)
 
 
 def test_json_adds_up_with_what_a_mount_shows(ovlfs: Run, real_image: Path, mounted: Callable[..., Path]) -> None:
