@@ -1,1 +1,1 @@
-"""The same lookup replayed for people: what layers say, what hides what, and why."""
+"""Why does the tree look as it does?  `explain` replays a lookup, `text` shows it to people."""

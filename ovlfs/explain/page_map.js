@@ -109,7 +109,9 @@ function tileOf(i, at) {
   const counted = saysOf(i).filter((say) => say.counts && say.wasted === (mapWeights === wasted));
   const layer = counted.sort((one, other) => other.bytes - one.bytes)[0]?.layer ?? owner[i];
   coloured(tile, layer);
-  const words = `${pathOf(i)}, ${human(mapWeights[i])}${inside ? "" : `, layer ${layer}`}`;
+  const [gone] = events(i).find(([number, event]) => number > layer && event !== "added") ?? [0];
+  const since = mapWeights === wasted && gone > 0 ? `, hidden since layer ${gone}` : "";
+  const words = `${pathOf(i)}, ${human(mapWeights[i])}${inside ? "" : `, layer ${layer}${since}`}`;
   tile.title = words;
   tile.setAttribute("aria-label", words);
   if (at.w > 24 && at.h > 15) add(tile, "span", "label").append(make("bdi", "", names[i] + (inside ? "/" : "")));

@@ -201,7 +201,7 @@ def test_the_map_has_the_bytes_that_the_table_has(
     assert set(areas) == {"/big, 6 kB, layer 1", "/d, 2 kB", "/d/small, 2 kB, layer 1"}
     assert abs(areas["/big, 6 kB, layer 1"] / whole - 0.75) < 0.02
     browser.click("#by-waste")
-    assert set(browser.run(tiles)) == {"/d, 1 kB", "/d/gone, 1 kB, layer 1"}
+    assert set(browser.run(tiles)) == {"/d, 1 kB", "/d/gone, 1 kB, layer 1, hidden since layer 2"}
     browser.click("#map button[title^='/d/gone']")
     assert verdict(browser) == "There is no such name: layer 2 has a whiteout for it."
     assert rows(browser) == ["/", "big", "d/", "[gone]", "small"]
