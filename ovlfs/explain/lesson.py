@@ -268,7 +268,7 @@ class World:
         try:
             os.rename(self.path(path), self.path(new))
         except OSError as error:
-            self.talk.line(f"OSError: {error.strerror}")
+            self.talk.line(f"OSError: [Errno {error.errno}] {error.strerror}: '{path}' -> '{new}'")
             return error.strerror or "an error"
         return ""
 
