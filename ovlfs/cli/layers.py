@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ovlfs.cli.main import Parser
-from ovlfs.errors import OvlfsError, printable
+from ovlfs.errors import OvlfsError, UsageError, printable
 
 if TYPE_CHECKING:
     from ovlfs.cli.progress import Progress
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.html is not None:
         from ovlfs.explain.page import write_page  # noqa: PLC0415
 
+        if os.path.exists(args.html) and os.path.samefile(args.html, image.path):
+            raise UsageError(f"{printable(args.html)}: is the image, and would be replaced by the page")
         write_page(args.html, facts, title=_title(image))
     else:
         for line in _table(facts):

@@ -37,12 +37,12 @@ def write_page(out: bytes, facts: Facts, *, title: str) -> None:
     Raises OvlfsError: too many paths; OSError.
     """
     text = build_page(facts, title=title)
-    directory = os.path.dirname(os.path.abspath(out))
     if os.path.exists(out) and not os.path.isfile(out):  # /dev/stdout, a fifo: nothing to replace
         with open(out, "w", encoding="utf-8") as stream:
             stream.write(text)
         return
-    fd, temp = tempfile.mkstemp(dir=directory, prefix=b".ovlfs-", suffix=b".html")
+    out = os.path.realpath(out)  # a symlink stays, and what it leads to is replaced
+    fd, temp = tempfile.mkstemp(dir=os.path.dirname(out), prefix=b".ovlfs-", suffix=b".html")
     try:
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)

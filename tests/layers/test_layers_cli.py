@@ -196,6 +196,21 @@ def test_page_goes_to_a_file_or_a_stream(ovlfs: Run, scratch: Path, real_image: 
     assert out.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_the_image_is_not_replaced_by_its_page(ovlfs: Run, scratch: Path, small_image: Callable[..., Path]) -> None:
+    """A slip that would destroy the image is a usage error, also through a link; a symlink stays one."""
+    image = small_image()
+    raw = image.read_bytes()
+    (scratch / "link").symlink_to(image)
+    for out in (image, scratch / "link"):
+        assert "is the image" in ovlfs("layers", image, "--html", out, code=2).stderr
+    assert image.read_bytes() == raw
+    (scratch / "old.html").write_text("old")
+    (scratch / "page.html").symlink_to("old.html")
+    ovlfs("layers", image, "--html", scratch / "page.html")
+    assert (scratch / "page.html").is_symlink()
+    assert (scratch / "old.html").read_text().startswith("<!doctype html>")
+
+
 class _Elements(HTMLParser):
     """What a parser of HTML finds: all elements, with their attributes."""
 

@@ -136,6 +136,22 @@ def test_an_opaque_directory_ends_the_walk(
     assert walk(browser) == [("2", "says nothing"), ("", "the lookup stops here"), ("1", "file, 2 B")]
 
 
+def test_a_file_between_directories_ends_the_walk(
+    show: Callable[[Path], None], image_of: Callable[..., Path], browser: Browser
+) -> None:
+    """A directory on top shows; a file below it cannot merge, and hides the directory further down."""
+    layers: list[Layer] = [[(b"d", None), (b"d/old", b"12")], [(b"d", b"1")], [(b"d", None)]]
+    show(image_of(layers, []))
+    choose(browser, "d/")
+    assert verdict(browser) == "A directory of layer 3 alone."
+    assert walk(browser) == [
+        ("3", "directory"),
+        ("2", "file, 1 B"),
+        ("", "the lookup stops here"),
+        ("1", "directory"),
+    ]
+
+
 def test_a_layer_filters_the_tree(show: Callable[[Path], None], real_image: Path, browser: Browser) -> None:
     """Choosing layer 2, which only deletes, leaves what it hides."""
     show(real_image)
