@@ -23,13 +23,15 @@ _VERBS = {
     "umount": "unmount, and wait until every change is on disk",
     "mounts": "list what is mounted",
     "inspect": "show what an image consists of",
+    "layers": "show what each layer of an image brought, and what of it is wasted",
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",
+    "lesson": "learn overlays on a real one, by predicting what happens",
     "version": "print the versions of ovlfs and of what it uses",
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}
 _HELP = frozenset(("-h", "--help", "help"))
-_PRINTING = frozenset(("mounts", "inspect", "ls", "cat", "version"))
+_PRINTING = frozenset(("mounts", "inspect", "layers", "ls", "cat", "version"))
 
 
 class Parser(argparse.ArgumentParser):
