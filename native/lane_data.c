@@ -103,10 +103,14 @@ static ssize_t read_tar(struct ovl_lane_reader *reader, const struct ovl_layer *
 	return (ssize_t)size;
 }
 
-static ssize_t read_lower(struct ovl_lane_reader *reader, const struct ovl_lane_file *file, unsigned char *to, size_t size, uint64_t offset)
+/* -EREMCHG: the file that the layer lies in was changed. */
+static ssize_t read_lower(struct ovl_lane_reader *reader, const struct ovl_lane_file *file, unsigned char *to, size_t size,
+			  uint64_t offset)
 {
 	ssize_t got;
 
+	if (file->tar && !ovl_layer_is_same(file->layer))
+		return -EREMCHG;
 	if (file->tar)
 		return read_tar(reader, file->layer, file->ref, file->size, to, size, offset);
 	if (offset >= file->size)
@@ -185,6 +189,8 @@ enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask)
 		got = read_file(ask, file, ask->answer->body, size, in.offset);
 		ovl_lane_file_put(ask->fs, file);
 	}
+	if (got == -EREMCHG)
+		return OVL_LANE_PASS; /* Python looks whether it was only touched */
 	if (got < 0)
 		return ovl_lane_fail(ask, (int)-got);
 	ask->answer->size = (size_t)got;
@@ -503,7 +509,7 @@ enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask)
 	if (to)
 		ovl_lane_file_put(ask->fs, to);
 	if (n < 0 && done == 0)
-		return ovl_lane_fail(ask, (int)-n);
+		return ovl_lane_fail(ask, n == -EREMCHG ? EIO : (int)-n);
 	if (ask->header.opcode == FUSE_COPY_FILE_RANGE) {
 		out.size = (uint32_t)done;
 		ovl_lane_put(ask->answer, &out, sizeof(out));

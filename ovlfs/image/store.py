@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import pwd
 import stat
@@ -236,20 +237,28 @@ class Store:
 
     # -- indexes
 
-    def load_index(self, name: bytes) -> bytes | None:
-        """An index, or None if there is none or it is damaged."""
+    def load_index(self, name: bytes) -> memoryview | None:
+        """An index, or None if there is none or it is damaged.
+
+        It is mapped, not read: the pages are the kernel's to keep or to drop, and all mounts share them.  A file of the
+        store is never changed nor cut short, only replaced.
+        """
         fd = self.open(name)
         if fd is None:
             return None
         with os.fdopen(fd, "rb") as file:
-            whole = file.read()
-        image, trailer = whole[:-_INDEX_TRAILER], whole[-_INDEX_TRAILER:]
-        if len(whole) < _INDEX_TRAILER or hashlib.sha256(image).digest() != trailer:
+            if os.fstat(file.fileno()).st_size < _INDEX_TRAILER + 1:
+                self.remove(name)
+                return None
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        whole = memoryview(mapped)
+        if hashlib.sha256(whole[:-_INDEX_TRAILER]).digest() != whole[-_INDEX_TRAILER:]:
             self.remove(name)
             return None
-        return image
+        mapped.madvise(mmap.MADV_DONTNEED)  # from our memory, not from the page cache
+        return whole[:-_INDEX_TRAILER]
 
-    def save_index(self, name: bytes, image: bytes) -> None:
+    def save_index(self, name: bytes, image: bytes | memoryview) -> None:
         """Keep an index."""
         with self.create(name) as temp:
             write_all(temp.fd, image)
