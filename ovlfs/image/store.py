@@ -36,7 +36,8 @@ from ovlfs.image.files import FileIdentity, shown
 ENVIRONMENT = "OVLFS_STORE"
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_INDEX_TRAILER = 32
+_INDEX_AT = 1 << 16
+"""Where the index begins in its file, whatever the size of a page is; before it stands its digest."""
 
 
 def default_path() -> bytes:
@@ -237,7 +238,7 @@ class Store:
 
     # -- indexes
 
-    def load_index(self, name: bytes) -> memoryview | None:
+    def load_index(self, name: bytes) -> mmap.mmap | None:
         """An index, or None if there is none or it is damaged.
 
         It is mapped, not read: the pages are the kernel's to keep or to drop, and all mounts share them.  A file of the
@@ -247,22 +248,25 @@ class Store:
         if fd is None:
             return None
         with os.fdopen(fd, "rb") as file:
-            if os.fstat(file.fileno()).st_size < _INDEX_TRAILER + 1:
+            size = os.fstat(file.fileno()).st_size - _INDEX_AT
+            if size <= 0:
                 self.remove(name)
                 return None
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        whole = memoryview(mapped)
-        if hashlib.sha256(whole[:-_INDEX_TRAILER]).digest() != whole[-_INDEX_TRAILER:]:
+            digest = file.read(hashlib.sha256().digest_size)
+            mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=_INDEX_AT)
+        if hashlib.sha256(mapped).digest() != digest:
+            mapped.close()
             self.remove(name)
             return None
         mapped.madvise(mmap.MADV_DONTNEED)  # from our memory, not from the page cache
-        return whole[:-_INDEX_TRAILER]
+        return mapped
 
-    def save_index(self, name: bytes, image: bytes | memoryview) -> None:
+    def save_index(self, name: bytes, image: "bytes | mmap.mmap") -> None:
         """Keep an index."""
         with self.create(name) as temp:
-            write_all(temp.fd, image)
             write_all(temp.fd, hashlib.sha256(image).digest())
+            os.lseek(temp.fd, _INDEX_AT, os.SEEK_SET)
+            write_all(temp.fd, image)
             self.commit(temp, durable=False)
 
     # -- what files had which content
@@ -293,7 +297,7 @@ class Store:
         return ["ovlfs-verified-1", str(identity.size), str(identity.mtime_ns), str(identity.ctime_ns)]
 
 
-def write_all(fd: int, raw: bytes | memoryview) -> None:
+def write_all(fd: int, raw: bytes | memoryview | mmap.mmap) -> None:
     """Write all of `raw` at the descriptor's position."""
     view = memoryview(raw)
     while view:

@@ -21,6 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from mmap import mmap
 from typing import TYPE_CHECKING, Self
 
 from ovlfs import _native
@@ -37,7 +38,7 @@ from ovlfs.layer.tar import TarLayer, layer_error, scan
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
-Index = bytes | memoryview
+Index = bytes | mmap
 """The image of an index, in memory or mapped."""
 
 INDEX_VERSION = "1"
