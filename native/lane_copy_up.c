@@ -165,7 +165,7 @@ static ovl_err_t copy_data(struct ovl_lane_fs *fs, uint64_t nodeid, int to, uint
 	if (err)
 		return err;
 	if (data.kind == OVL_DATA_TAR)
-		err = copy_tar(&data, to);
+		err = ovl_layer_is_same(data.layer) ? copy_tar(&data, to) : OVL_ASK;
 	else if (fstat(data.fd, &st) != 0 || (uint64_t)st.st_size < size)
 		err = -EIO; /* the layer is shorter than it was */
 	else

@@ -2,10 +2,12 @@
  * lane_fs.h - what the lane's native answers are made from; the parts that its handlers share
  *
  *      lane.c ---> lane_tree.c   who answers this opcode? names, attributes, listings
- *                  lane_file.c   open files: data, holes, passthrough
+ *                  lane_file.c   open files, passthrough
+ *                  lane_data.c   what is in them: data, holes
  *                  lane_change.c changes of what is in the upperdir already
  *                  lane_copy_up.c the plain case of bringing it there
- *                  lane_xattr.c  extended attributes, flags, statfs
+ *                  lane_xattr.c  extended attributes, symlinks, statfs
+ *                  lane_ioctl.c  birth times and flags
  *
  * Nothing here decides what overlayfs means: that is ovlfs/overlay/, the reference for every handler.  A handler answers
  * the plain cases, and passes the rest on.
@@ -56,7 +58,6 @@ struct ovl_lane_files {
 	struct ovl_lane_file **slots;
 	size_t slot_count, free_slot;
 	struct ovl_lane_io *io[256]; /* by nodeid */
-	size_t open;
 };
 
 struct ovl_lane_fs {
@@ -106,12 +107,7 @@ int ovl_lane_files_init(struct ovl_lane_files *files);
 void ovl_lane_files_destroy(struct ovl_lane_fs *fs);
 enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_write(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_fallocate(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_lseek(struct ovl_lane_ask *ask);
-enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask);
+
 /* Opens a regular file for a client that is told `out`; `fd` >= 0: its upper file, open for reading and writing, ours
  * from now on in any case. */
 ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t flags, int fd, struct fuse_open_out *out);
@@ -123,6 +119,14 @@ void ovl_lane_file_dress(struct ovl_lane_fs *fs, uint64_t nodeid);
 void ovl_lane_file_release(struct ovl_lane_fs *fs, uint64_t fh);
 /* An open file was truncated at the open: O_TRUNC sets the times also of an empty one. */
 ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh, bool kill);
+
+/* lane_data.c */
+enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_write(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_fallocate(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_lseek(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask);
 
 /* lane_change.c; the gate is ours (ovl_gate_change) */
 ovl_err_t ovl_lane_refresh(struct ovl_lane_fs *fs, uint64_t nodeid, int fd, struct ovl_entry *out);
@@ -159,5 +163,9 @@ enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_statfs(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_readlink(struct ovl_lane_ask *ask);
+
+/* lane_ioctl.c */
+enum ovl_lane_verdict ovl_lane_statx(struct ovl_lane_ask *ask);
+enum ovl_lane_verdict ovl_lane_ioctl(struct ovl_lane_ask *ask);
 
 #endif

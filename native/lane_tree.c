@@ -373,6 +373,8 @@ static const struct {
 	[FUSE_RENAME2] = {ovl_lane_rename, DATA},
 	[FUSE_LSEEK] = {ovl_lane_lseek, DATA},
 	[FUSE_COPY_FILE_RANGE] = {ovl_lane_copy, DATA},
+	[FUSE_IOCTL] = {ovl_lane_ioctl, DATA},
+	[OP_STATX] = {ovl_lane_statx, LOOK},
 	[OP_COPY_FILE_RANGE_64] = {ovl_lane_copy, DATA},
 };
 

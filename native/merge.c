@@ -115,6 +115,15 @@ ovl_err_t ovl_source_path(const struct ovl_source *source, uint8_t **path, size_
 	return 0;
 }
 
+bool ovl_layer_is_same(const struct ovl_layer *layer)
+{
+	struct stat st;
+
+	return fstat(layer->data_fd, &st) == 0 && st.st_dev == layer->data_dev && st.st_ino == layer->data_ino &&
+	       (uint64_t)st.st_size == layer->data_size &&
+	       ovl_ns(st.st_mtim.tv_sec, st.st_mtim.tv_nsec) == layer->data_mtime_ns;
+}
+
 /* ---- inode numbers ------------------------------------------------------------------------------------ */
 
 #define INO_BITS 48

@@ -80,8 +80,15 @@ struct ovl_layer {
 	const struct ovl_index *index; /* TAR: borrowed */
 	int data_fd;                   /* TAR: borrowed; the file that the tar lies in */
 	uint64_t data_offset;          /* TAR: where it begins there */
+	/* TAR: the file as it was when its content was verified; see ovl_layer_is_same */
+	uint64_t data_dev, data_ino, data_size;
+	int64_t data_mtime_ns;
 	struct ovl_dirlayer dir;       /* DIR */
 };
+
+/* Has nobody changed the file that a tar lies in, since it was verified?  False: the reference decides (it may have been
+ * touched only). */
+bool ovl_layer_is_same(const struct ovl_layer *layer);
 
 /* The number of a file system in the high bits of st_ino (ovlfs/layer/directory.py: InoMap). */
 struct ovl_device {

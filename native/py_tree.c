@@ -426,13 +426,14 @@ static const struct ovl_index *index_of(PyTypeObject *type, PyObject *object)
 	return ovl_index_from_object(PyType_GetModule(type), object);
 }
 
-/* What the glue says of a layer: None (only the reference can ask it), (index, ino of inode 0, fd, offset), or
+/* What the glue says of a layer: None (only the reference can ask it), (index, ino of inode 0, fd, offset, identity), or
  * (fd, trusted first?, how many namespaces, oci, override). */
 static int take_layer(PyTypeObject *type, PyObject *layer, PyObject *said, struct ovl_layer *out)
 {
 	static const char *const namespaces[2] = {"trusted.overlay.", "user.overlay."};
 	int fd, first, count, oci, override;
-	unsigned long long base, offset;
+	unsigned long long base, offset, dev, ino, size;
+	long long mtime;
 	PyObject *index;
 
 	if (layer == Py_None) {
@@ -446,10 +447,14 @@ static int take_layer(PyTypeObject *type, PyObject *layer, PyObject *said, struc
 		PyErr_SetString(PyExc_TypeError, "a layer's description is a tuple");
 		return -1;
 	}
-	if (PyTuple_GET_SIZE(said) == 4) {
-		if (!PyArg_ParseTuple(said, "OKiK", &index, &base, &out->data_fd, &offset))
+	if (PyTuple_GET_SIZE(said) == 5 && PyTuple_Check(PyTuple_GET_ITEM(said, 4))) {
+		if (!PyArg_ParseTuple(said, "OKiK(KKKL)", &index, &base, &out->data_fd, &offset, &dev, &ino, &size, &mtime))
 			return -1;
 		out->data_offset = offset;
+		out->data_dev = dev;
+		out->data_ino = ino;
+		out->data_size = size;
+		out->data_mtime_ns = mtime;
 		out->index = index_of(type, index);
 		out->ino_base = base;
 		out->kind = OVL_LAYER_TAR;

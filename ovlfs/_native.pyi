@@ -68,8 +68,8 @@ class Lane:
         queue_count: int = 256,
         # what this tree knows is answered without Python
         tree: Tree | None = None,
-        # (descriptor of workdir's work, namespace of the overlay's xattrs, owners are stored as they are shown, files can
-        # be given away, whiteouts are devices, nothing is synced, attributes may be copied up alone)
+        # (descriptor of workdir's work, namespace of the overlay's xattrs, owners are stored as they are shown, files
+        # can be given away, whiteouts are devices, nothing is synced, attributes may be copied up alone)
         upper: tuple[int, str, bool, bool, bool, bool, bool] | None = None,
         # the kernel need not tell of opens: for a read-only mount
         no_open: bool = False,

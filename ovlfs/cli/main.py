@@ -26,13 +26,15 @@ _VERBS = {
     "commit": "write what was changed in a mount as a layer of a new image",
     "fsck": "check an upperdir, and repair it",
     "inspect": "show what an image consists of",
+    "layers": "show what each layer of an image brought, and what of it is wasted",
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",
+    "lesson": "learn overlays on a real one, by predicting what happens",
     "version": "print the versions of ovlfs and of what it uses",
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}
 _HELP = frozenset(("-h", "--help", "help"))
-_PRINTING = frozenset(("mounts", "diff", "inspect", "ls", "cat", "version"))
+_PRINTING = frozenset(("mounts", "diff", "inspect", "layers", "ls", "cat", "version"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     failures = []
     for mountpoint in args.mountpoints:
         try:
-            _unmount(os.fsencode(mountpoint), lazy=args.lazy)
+            unmount(os.fsencode(mountpoint), lazy=args.lazy)
         except MountError as error:
             failures.append(str(error))
     if failures:
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _unmount(path: bytes, *, lazy: bool) -> None:
+def unmount(path: bytes, *, lazy: bool) -> None:
+    """Unmount one, and wait for its daemon.  Raises MountError."""
     entry = mounting.find_mount(path)
     if entry is None:
         raise MountError(f"{printable(path)}: is not mounted")

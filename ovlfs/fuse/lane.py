@@ -212,6 +212,8 @@ def _encode_attr(nodeid: int, attr: Attr) -> bytes:
 
 async def _read(operations: UnboundOperations, request: Request) -> bytes:
     fh, offset, size, *_ = _READ.unpack_from(request.body)
+    if not operations.opens_itself:
+        return await operations.read_unopened(pyfuse3.InodeT(request.nodeid), offset, size)
     return await operations.read(fh, offset, size)
 
 

@@ -94,7 +94,7 @@ class Operations(pyfuse3.Operations):
     """Whether modes arrive as the caller gave them (FUSE_DONT_MASK, set by the lane): the umask is ours to apply."""
 
     opens_itself = True
-    """Whether open files are ours.  Otherwise the lane opens what we have copied up or made, once our reply comes by."""
+    """Whether open files are ours.  Otherwise the lane opens what we copied up or made, when our reply comes by."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -476,6 +476,18 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: "FileHandleT", off: int, size: int) -> bytes:
         """FUSE_READ.  Errors: EIO, a layer that has shrunk."""
         return self._handles[fh].read(off, size)
+
+    @_handler
+    async def read_unopened(self, inode: "InodeT", off: int, size: int) -> bytes:
+        """FUSE_READ of a file that the lane has opened, and whose layer is not what it was: see `opens_itself`.
+
+        Errors: EIO, the layer was changed.
+        """
+        handle = Handle(self._stack, self._get(inode), os.O_RDONLY)
+        try:
+            return handle.read(off, size)
+        finally:
+            handle.close()
 
     @_handler
     async def write(self, fh: "FileHandleT", off: int, buf: bytes) -> int:

@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import pwd
 import stat
@@ -35,7 +36,8 @@ from ovlfs.image.files import FileIdentity, shown
 ENVIRONMENT = "OVLFS_STORE"
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_INDEX_TRAILER = 32
+_INDEX_AT = 1 << 16
+"""Where the index begins in its file, whatever the size of a page is; before it stands its digest."""
 
 
 def default_path() -> bytes:
@@ -236,24 +238,35 @@ class Store:
 
     # -- indexes
 
-    def load_index(self, name: bytes) -> bytes | None:
-        """An index, or None if there is none or it is damaged."""
+    def load_index(self, name: bytes) -> mmap.mmap | None:
+        """An index, or None if there is none or it is damaged.
+
+        It is mapped, not read: the pages are the kernel's to keep or to drop, and all mounts share them.  A file of the
+        store is never changed nor cut short, only replaced.
+        """
         fd = self.open(name)
         if fd is None:
             return None
         with os.fdopen(fd, "rb") as file:
-            whole = file.read()
-        image, trailer = whole[:-_INDEX_TRAILER], whole[-_INDEX_TRAILER:]
-        if len(whole) < _INDEX_TRAILER or hashlib.sha256(image).digest() != trailer:
+            size = os.fstat(file.fileno()).st_size - _INDEX_AT
+            if size <= 0:
+                self.remove(name)
+                return None
+            digest = file.read(hashlib.sha256().digest_size)
+            mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=_INDEX_AT)
+        if hashlib.sha256(mapped).digest() != digest:
+            mapped.close()
             self.remove(name)
             return None
-        return image
+        mapped.madvise(mmap.MADV_DONTNEED)  # from our memory, not from the page cache
+        return mapped
 
-    def save_index(self, name: bytes, image: bytes) -> None:
+    def save_index(self, name: bytes, image: "bytes | mmap.mmap") -> None:
         """Keep an index."""
         with self.create(name) as temp:
-            write_all(temp.fd, image)
             write_all(temp.fd, hashlib.sha256(image).digest())
+            os.lseek(temp.fd, _INDEX_AT, os.SEEK_SET)
+            write_all(temp.fd, image)
             self.commit(temp, durable=False)
 
     # -- what files had which content
@@ -284,7 +297,7 @@ class Store:
         return ["ovlfs-verified-1", str(identity.size), str(identity.mtime_ns), str(identity.ctime_ns)]
 
 
-def write_all(fd: int, raw: bytes | memoryview) -> None:
+def write_all(fd: int, raw: bytes | memoryview | mmap.mmap) -> None:
     """Write all of `raw` at the descriptor's position."""
     view = memoryview(raw)
     while view:

@@ -19,9 +19,9 @@ _PREFIXES = ((), (TRUSTED,), (USER,), (TRUSTED, USER), (USER, TRUSTED))
 _ANSWERS = ("lookup", "list", "attr", "ino")
 """The methods that C stands in for."""
 
-Described = tuple[object, Ino, int, int] | tuple[int, int, int, bool, bool]
-"""(index, st_ino of its inode 0, descriptor of the tar, where it begins there), or (descriptor, first namespace, how
-many, oci, override)."""
+Described = tuple[object, Ino, int, int, tuple[int, int, int, int]] | tuple[int, int, int, bool, bool]
+"""(index, st_ino of its inode 0, descriptor of the tar, where it begins there, identity of the file), or (descriptor,
+first namespace, how many, oci, override)."""
 
 
 def describe(layers: Layers) -> tuple[Inode, int, list[Described | None]]:
@@ -41,7 +41,7 @@ def reads_all(layers: Layers) -> bool:
 
 def _described(layer: Layer | None, layers: Layers) -> Described | None:
     if isinstance(layer, TarLayer) and _unchanged(layer, TarLayer):
-        return layer.index, layer.ino(0), layer.fd, layer.base_offset
+        return layer.index, layer.ino(0), layer.fd, layer.base_offset, layer.identity()
     if not isinstance(layer, DirLayer) or not _unchanged(layer, DirLayer):
         return None
     first = next(other for other in layers if isinstance(other, DirLayer))

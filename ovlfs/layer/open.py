@@ -21,6 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from mmap import mmap
 from typing import TYPE_CHECKING, Self
 
 from ovlfs import _native
@@ -37,6 +38,9 @@ from ovlfs.layer.tar import TarLayer, layer_error, scan
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
+Index = bytes | mmap
+"""The image of an index, in memory or mapped."""
+
 INDEX_VERSION = "1"
 """Part of an index's name in the store: another version of the scanner or of the format makes another index."""
 
@@ -49,7 +53,7 @@ _QUEUED = 4
 class ImageLayer(TarLayer):
     """A layer of an image, and the file that it was verified in."""
 
-    def __init__(self, index: bytes, source: "_Range", *, layer: LayerBlob, number: int) -> None:
+    def __init__(self, index: "Index", source: "_Range", *, layer: LayerBlob, number: int) -> None:
         """Takes ownership of the descriptor of `source`, whose bytes are verified."""
         super().__init__(index, source.fd, base_offset=source.offset, layer_number=number)
         self._source = source
@@ -73,6 +77,11 @@ class ImageLayer(TarLayer):
             self._source.identity = now
             return
         raise OSError(errno.EIO, f"{self.where}: the file was changed while it was mounted")
+
+    def identity(self) -> tuple[int, int, int, int]:
+        """See TarLayer: of the file as it was verified."""
+        verified = self._source.identity
+        return verified.dev, verified.ino, verified.size, verified.mtime_ns
 
     def _still_verified(self, now: FileIdentity) -> bool:
         source = self._source
@@ -194,7 +203,7 @@ def _open_range(layer: LayerBlob, source: _Range, store: Store, number: int, pro
     name = store.index_name(layer.diff_id, INDEX_VERSION, "layer" if layer.whiteouts else "rootfs")
     where = layer.blob.where
     known = store.recall(source.fact, source.identity) == layer.diff_id
-    index = store.load_index(name) if known else None
+    index: Index | None = store.load_index(name) if known else None
     if index is None:
         with store.lock(layer.diff_id, _waiting(layer, progress)):
             known = store.recall(source.fact, source.identity) == layer.diff_id
@@ -218,7 +227,7 @@ def _open_range(layer: LayerBlob, source: _Range, store: Store, number: int, pro
     return ImageLayer(index, source, layer=layer, number=number)
 
 
-def _verify(layer: LayerBlob, source: _Range, index: bytes | None, progress: Progress | None) -> bytes:
+def _verify(layer: LayerBlob, source: _Range, index: "Index | None", progress: Progress | None) -> "Index":
     """Hash the layer where it lies and scan it in the same pass, unless it has an `index` already."""
     where = layer.blob.where
     scanning = _Scanning(layer.whiteouts, where) if index is None else None

@@ -68,6 +68,11 @@ class TarLayer:
         """The layer's root directory."""
         return 0
 
+    def identity(self) -> tuple[int, int, int, int]:
+        """(st_dev, st_ino, size, mtime in ns) of the file that the tar lies in: other numbers, and it was changed."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
     def lookup(self, directory: Ref, name: Name) -> Entry | None:
         """What the layer says about `name`; None: nothing.
 

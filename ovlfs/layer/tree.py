@@ -226,11 +226,11 @@ class Tree:
         self.get(nodeid).attr = attr
 
     def set_orphan(self, nodeid: NodeId, fd: int) -> None:
-        """The inode's upper object has no name any more: `fd` (O_PATH), which is the tree's from now on, leads to it."""
-        inode = self.get(nodeid)
-        if inode.orphan is not None:
-            os.close(inode.orphan)
-        inode.orphan = fd
+        """The inode's upper object has no name any more: `fd` (O_PATH) leads to it, and is the tree's from now on."""
+        inode = self._inodes.get(nodeid)
+        if inode is None or inode.orphan is not None:
+            os.close(fd if inode is None or inode.orphan is None else inode.orphan)
+        self.get(nodeid).orphan = fd
 
     def orphan(self, nodeid: NodeId) -> int | None:
         """The descriptor that set_orphan was given; valid as long as the inode is known."""

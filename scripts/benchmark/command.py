@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from benchmark import compare, messages
-from benchmark.peers import BenchError
+from benchmark.peers import BenchError, unmount_when_terminated
 
 
 def main() -> int:
@@ -51,15 +51,19 @@ def main() -> int:
     how.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw the ratios to kernel overlayfs")
     counted = parser.add_argument_group("messages")
     counted.add_argument("--messages", action="store_true", help="count messages by operation")
-    counted.add_argument("--count", choices=("kernel", "stats"), help="by the kernel's tracepoint, or by `ovlfs stats` "
-                         "(default: the kernel, if it has it)")  # fmt: skip
+    counted.add_argument("--count", choices=("kernel", "stats"), default="kernel",
+                         help="by the kernel's tracepoint (default), or by `ovlfs stats`")  # fmt: skip
     args = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("kernel overlayfs needs root")
     if args.rounds < 1 or args.scale <= 0:
         parser.error("--rounds and --scale should be positive")
+    unmount_when_terminated()
     try:
         return messages.main(args) if args.messages else compare.main(args)
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

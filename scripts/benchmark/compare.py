@@ -34,7 +34,7 @@ def chosen_peers(args: argparse.Namespace) -> list[peers.Peer]:
     found = peers.available(known)
     for peer in known:
         if peer not in found:
-            print(f"# {peer.name} is not installed", file=sys.stderr)
+            print(f"# {peer.name} is not installed (Debian: apt-get install {peer.command[0]})", file=sys.stderr)
     return found
 
 

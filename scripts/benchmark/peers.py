@@ -8,6 +8,7 @@ daemon of the last has ended by itself: nothing is killed.
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,6 +148,15 @@ def drop_caches() -> None:
     """Page cache, dentries and inodes, of every file system."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+
+
+def unmount_when_terminated() -> None:
+    """SIGTERM ends the script as ^C does: what is mounted is unmounted."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 faster.
 """
 
+import itertools
 import math
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -9,7 +10,12 @@ from xml.sax.saxutils import escape
 from benchmark.peers import KERNEL
 from benchmark.reach import Results
 
-_COLORS = ("#9aa5b1", "#c9b458", "#1f77b4", "#9ecae1", "#2ca02c", "#d62728", "#9467bd")
+_COLORS = {
+    "fuse-overlayfs": "#9aa5b1", "unionfs-fuse": "#c9b458", "ovlfs": "#1f77b4", "ovlfs --no-lane": "#9ecae1",
+    "ovlfs archive": "#2ca02c",
+}  # fmt: skip
+_VARIANTS = ("#d62728", "#9467bd", "#8c564b")
+"""Of those that are not in _COLORS, in turn."""
 _LEFT, _WIDTH, _RIGHT = 210, 620, 60
 _BAR, _GAP, _TOP = 9, 9, 64
 
@@ -21,7 +27,7 @@ def draw(results: Results, path: Path) -> None:
         (row, [(peer.name, results.ratio(row, peer.name, KERNEL.name)) for peer in peers]) for row in results.seconds
     ]
     ratios = [ratio for _, bars in rows for _, ratio in bars if ratio is not None] or [1.0]
-    low, high = _floor(min([0.5, *ratios])), _ceiling(max([2.0, *ratios]))
+    low, high = _floor(min([0.5, *ratios]) * 0.8), _ceiling(max([2.0, *ratios]) * 1.2)
 
     def x(ratio: float) -> float:
         return _LEFT + _WIDTH * math.log(ratio / low) / math.log(high / low)
@@ -37,7 +43,9 @@ def draw(results: Results, path: Path) -> None:
         f'<text x="8" y="18" font-size="13" font-weight="bold">{escape(results.title)}</text>',
     ]
     offset = 8
-    for peer, color in zip(peers, _COLORS, strict=False):
+    others = itertools.cycle(_VARIANTS)
+    colors = [_COLORS.get(peer.name) or next(others) for peer in peers]
+    for peer, color in zip(peers, colors, strict=True):
         out.append(f'<rect x="{offset}" y="30" width="11" height="11" fill="{color}"/>')
         out.append(f'<text x="{offset + 16}" y="40">{escape(peer.name)}</text>')
         offset += 34 + 7 * len(peer.name)
@@ -52,7 +60,7 @@ def draw(results: Results, path: Path) -> None:
             f'<text x="{_LEFT - 8}" y="{top + (height_of_row - _GAP) / 2 + 4:.1f}" text-anchor="end">'
             f"{escape(row)}</text>"
         )
-        for place, ((_, ratio), color) in enumerate(zip(bars, _COLORS, strict=False)):
+        for place, ((_, ratio), color) in enumerate(zip(bars, colors, strict=True)):
             y = top + place * _BAR
             if ratio is None:
                 out.append(f'<text x="{x(1) + 3:.1f}" y="{y + _BAR - 1}" font-size="9" fill="#999">-</text>')

@@ -37,6 +37,7 @@ class Setting:
     scale: float
     image: Path | None
     big_bytes: int
+    layers: tuple[int, int, int]
 
     def count(self, number: int) -> int:
         """How many, where the row says `number`."""
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--big", type=int, default=2048, metavar="MIB", help="size of the file whose copy-up is to disturb"
     )
+    parser.add_argument(
+        "--layers", type=_three, default=(2, 128, 500), metavar="FEW,MANY,MOST", help="default: 2,128,500"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--tmpfs", type=Path, metavar="DIR", help="mount a tmpfs below DIR (default: /tmp)")
     where.add_argument("--disk", type=Path, metavar="DIR", help="everything lies below DIR, on its file system")
@@ -72,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = args.only.split(",") if args.only else list(sections)
     if os.geteuid() != 0 or any(name not in sections for name in wanted) or args.rounds < 1:
         parser.error("root is needed" if os.geteuid() != 0 else f"--only: the sections are {', '.join(sections)}")
+    peers.unmount_when_terminated()
     print("| what | measured | reach | |\n|---|---|---|---|", flush=True)
     for name in wanted:
         with peers.scratch(args.tmpfs, args.disk) as directory:
-            setting = Setting(directory, args.rounds, args.scale, args.image, args.big << 20)
+            setting = Setting(directory, args.rounds, args.scale, args.image, args.big << 20, args.layers)
             try:
                 for what, measured, reach, met in sections[name](setting):
                     mark = "" if met is None else "ok" if met else "**miss**"
@@ -84,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"bench-layers: {name}: {error}", file=sys.stderr)
                 return 1
     return 0
+
+
+def _three(text: str) -> tuple[int, int, int]:
+    few, many, most = (int(number) for number in text.split(","))
+    return few, many, most
 
 
 def _timed(what: Callable[[], object]) -> float:
@@ -115,7 +125,8 @@ def growth(setting: Setting) -> Iterator[Row]:
     """Cold lookups: on a fresh mount, after drop_caches, every name once."""
     names = setting.count(_NAMES)
     stacks, archives = {}, {}
-    for number in (2, 128, 500):
+    few, many, most = setting.layers
+    for number in setting.layers:
         stacks[number] = _stack(setting.directory / f"s{number}", number, names)
         archives[number] = setting.directory / f"s{number}.tar"
         layers.write_archive(stacks[number], archives[number])
@@ -126,29 +137,29 @@ def growth(setting: Setting) -> Iterator[Row]:
         return _timed(lambda: [os.stat(path) for path in paths])
 
     for peer in (peers.ARCHIVE, peers.ovlfs(), peers.KERNEL):
-        found: dict[int, list[float]] = {2: [], 128: []}
+        found: dict[int, list[float]] = {few: [], many: []}
         for _ in range(setting.rounds):
             for number, seconds in found.items():
-                # Short names: 128 paths have to fit a page of the kernel's.
+                # Short names: the paths have to fit a page of the kernel's.
                 lower = [_short(setting.directory, layer, at) for at, layer in enumerate(stacks[number])]
                 with setting.mounted(peer, lower, archives[number]) as mnt:
                     seconds.append(look_up(mnt))
-        few, many = (statistics.median(found[number]) / names * 1e6 for number in (2, 128))
+        one, other = (statistics.median(seconds) / names * 1e6 for seconds in found.values())
         judged = peer != peers.KERNEL
         yield (
-            f"cold lookup, 2 / 128 layers, {peer.name}",
-            f"{few:.1f} / {many:.1f} us, {many / few:.2f} x",
+            f"cold lookup, {few} / {many} layers, {peer.name}",
+            f"{one:.1f} / {other:.1f} us, {other / one:.2f} x",
             "1.15 x" if judged else "",
-            many <= 1.15 * few if judged else None,
+            other <= 1.15 * one if judged else None,
         )
     for peer in (peers.ARCHIVE, peers.ovlfs()):
         began = time.perf_counter()
-        with setting.mounted(peer, stacks[500], archives[500]) as mnt:
+        with setting.mounted(peer, stacks[most], archives[most]) as mnt:
             took = time.perf_counter() - began
-            met = len(os.listdir(mnt)) == 500 and all(
-                (mnt / f"own{at}/file").read_bytes() == b"x" for at in range(1, 500)
+            met = len(os.listdir(mnt)) == most and all(
+                (mnt / f"own{at}/file").read_bytes() == b"x" for at in range(1, most)
             )
-        yield f"500 layers, {peer.name}", f"mounted in {took:.2f} s, all seen: {met}", "mounts", met
+        yield f"{most} layers, {peer.name}", f"mounted in {took:.2f} s, all seen: {met}", "mounts", met
 
 
 def _short(directory: Path, layer: Path, number: int) -> Path:

@@ -121,7 +121,7 @@ def _make_repository(directory: Path, commits: int, files: int) -> None:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text("".join(f"{rng.random()}\n" for _ in range(rng.randrange(5, 100))), encoding="ascii")
         run(["git", "-C", tree, "add", "."])
-        run(["git", "-C", tree, "commit", "-q", "-m", f"{commit}"], env=env)
+        run(["git", "-C", tree, "commit", "-q", "--allow-empty", "-m", f"{commit}"], env=env)
     run(["git", "clone", "-q", "--bare", "--no-local", tree, directory])
     shutil.rmtree(tree)
 

@@ -127,7 +127,9 @@ def as_tar(layer: Content, number: int) -> TarLayer:
                 info.mode = layer[item.target].number  # a link's header counts for the inode
             elif item.kind == "whiteout":
                 info.name = f"{parent}/.wh.{name}".lstrip("/")
-            tar.addfile(info)
+            else:
+                info.size = item.number  # so that layers can be told apart by their bytes, too
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
             if item.kind == "opaque":
                 tar.addfile(tarfile.TarInfo(path + "/.wh..wh..opq"))
     scanner = _native.TarScanner()
