@@ -6,5 +6,8 @@ checked.  Reading order: reference (what was typed), form (what the file is), ar
 config (its documents), platform (which of several), image (the answer), blob (bytes and decompression), store
 (what is kept between mounts).
 
+And the way back: layer_tar (the tar of a new layer), blob_writer (compressed, with its digests), new_config (the config
+after one more step), commit (all of it in a file or a layout).
+
 Blocking code, bytes end to end; it imports neither layer/ nor the event loop.
 """
