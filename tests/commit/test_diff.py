@@ -229,3 +229,27 @@ def test_diff_says_in_one_line_what_is_wrong(
 def test_diff_of_a_read_only_mount_says_why_not(ovlfs: Run, mounted: Mount) -> None:
     mountpoint = mounted("--ro", images() / "small-docker20.tar")
     assert "is mounted read-only" in ovlfs("diff", mountpoint, code=1).stderr
+
+
+def test_diff_of_a_mount_of_relative_directories(ovlfs: Run, scratch: Path) -> None:
+    """The options are as they were typed, and were typed somewhere else."""
+    write(scratch / "place/lower/file")
+    for name in ("upper", "work", "mnt"):
+        (scratch / "place" / name).mkdir()
+    ovlfs("mount", "-o", "lowerdir=lower,upperdir=upper,workdir=work", "mnt", cwd=scratch / "place")
+    try:
+        (scratch / "place/mnt/file").unlink()
+        assert lines(ovlfs, scratch / "place/mnt") == ["D /file"]
+        assert lines(ovlfs, scratch / "place/upper") == ["D /file"]
+    finally:
+        ovlfs("umount", scratch / "place/mnt")
+
+
+def test_diff_finds_the_platform_that_was_mounted(ovlfs: Run, mounted: Mount, scratch: Path) -> None:
+    """Of an image for several, by the mount's options, and later by the note."""
+    image = images() / "multi.oci.tar"
+    mountpoint = mounted("--platform", "linux/arm64", "--upper", scratch / "upper", image)
+    (mountpoint / "new").touch()
+    assert lines(ovlfs, mountpoint) == ["A /new"]
+    ovlfs("umount", mountpoint)
+    assert lines(ovlfs, scratch / "upper") == ["A /new"]
