@@ -157,8 +157,8 @@ struct ovl_lane_dir *ovl_lane_need_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 		if (dir->nodeid == nodeid && dir->generation == fs->gate.generation)
 			return dir;
 	}
-	if (fs->upper.work_fd < 0 || ovl_tree_describe(fs->tree, nodeid, false, &is) || !is.upper || !is.is_linked ||
-	    !S_ISDIR(is.entry.attr.mode))
+	if (fs->upper.work_fd < 0 || ovl_tree_describe(fs->tree, nodeid, false, &is) || !is.is_linked ||
+	    !S_ISDIR(is.entry.attr.mode) || (!is.upper && ovl_lane_copy_up_dir(fs, nodeid)))
 		return NULL;
 	fd = ovl_tree_open_upper(fs->tree, nodeid, O_PATH | O_DIRECTORY);
 	if (fd < 0)
@@ -196,7 +196,8 @@ void ovl_lane_set_impure(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir)
 
 /* What a request wants to do with a name.  `child` is its inode, nodeid 0: there is none. */
 struct place {
-	struct ovl_lane_dir *dir;
+	uint64_t parent;
+	struct ovl_lane_dir *dir; /* after open_place, until the next */
 	char name[OVL_NAME_MAX + 1];
 	const uint8_t *bytes;
 	size_t len;
@@ -209,13 +210,19 @@ static bool find_place(struct ovl_lane_fs *fs, uint64_t parent, const uint8_t *n
 	struct ovl_entry entry;
 	struct ovl_ask asked;
 
-	*out = (struct place){.bytes = name, .len = len};
+	*out = (struct place){.parent = parent, .bytes = name, .len = len};
 	if (len == 0 || terminated(name, len, out->name) || (name[0] == '.' && (len == 1 || (len == 2 && name[1] == '.'))))
 		return false;
-	out->dir = ovl_lane_need_dir(fs, parent);
-	if (!out->dir || ovl_tree_lookup(fs->tree, parent, name, len, 0, &entry, &asked))
+	if (fs->upper.work_fd < 0 || ovl_tree_lookup(fs->tree, parent, name, len, 0, &entry, &asked))
 		return false;
 	return entry.nodeid == 0 || ovl_tree_describe(fs->tree, entry.nodeid, false, &out->child) == 0;
+}
+
+/* Have its directory in the upperdir: when it is clear that something will be done there.  False: pass it on. */
+static bool open_place(struct ovl_lane_fs *fs, struct place *at)
+{
+	at->dir = ovl_lane_need_dir(fs, at->parent);
+	return at->dir != NULL;
 }
 
 /* ---- making --------------------------------------------------------------------------------------------- */
@@ -229,12 +236,12 @@ struct maker {
 };
 
 /* False: pass it on. */
-static bool plan(struct ovl_lane_fs *fs, const struct ovl_lane_ask *ask, const struct place *at, uint32_t mode,
+static bool plan(struct ovl_lane_fs *fs, const struct ovl_lane_ask *ask, struct place *at, uint32_t mode,
 		 uint32_t umask, struct maker *out)
 {
 	struct ovl_entry parent;
 
-	if (at->child.entry.nodeid || at->dir->default_acl || ovl_tree_get(fs->tree, at->dir->nodeid, &parent))
+	if (at->child.entry.nodeid || ovl_tree_get(fs->tree, at->parent, &parent))
 		return false;
 	*out = (struct maker){.mode = S_ISLNK(mode) ? mode : mode & ~(umask & 0777), .uid = ask->header.uid};
 	out->gid = ask->header.gid;
@@ -247,7 +254,7 @@ static bool plan(struct ovl_lane_fs *fs, const struct ovl_lane_ask *ask, const s
 	if (!out->ours && !(fs->upper.direct && fs->upper.may_chown))
 		return false;
 	/* Without the right to store what is shown, only what the object can say itself. */
-	return fs->upper.direct || (out->mode & 0600) == 0600;
+	return (fs->upper.direct || (out->mode & 0600) == 0600) && open_place(fs, at) && !at->dir->default_acl;
 }
 
 /* Gives what was just made, at `fd`, what the call could not. */
@@ -507,7 +514,7 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 	if (!enter_gate(ask))
 		return OVL_LANE_PASS;
 	if (!find_place(fs, ask->header.nodeid, ask->body + sizeof(in), len, &at) || at.child.entry.nodeid ||
-	    !need_upper(fs, in.oldnodeid, &is))
+	    !need_upper(fs, in.oldnodeid, &is) || !open_place(fs, &at))
 		return pass(ask);
 	fd = ovl_tree_open_upper(fs->tree, in.oldnodeid, O_PATH | O_NOFOLLOW);
 	if (fd < 0)
@@ -620,11 +627,12 @@ static enum ovl_lane_verdict take_away(struct ovl_lane_ask *ask, bool is_dir)
 	if (!find_place(fs, ask->header.nodeid, ask->body, len, &at) || at.child.entry.nodeid == 0 ||
 	    (bool)S_ISDIR(at.child.entry.attr.mode) != is_dir || (is_dir && (!at.child.upper || at.child.has_lower)))
 		return pass(ask);
-	err = at.dir->has_lower ? ovl_tree_below(fs->tree, at.dir->nodeid, at.bytes, at.len) : OVL_ABSENT;
+	/* What is seen, and is not in the upperdir, is below. */
+	err = at.child.upper ? ovl_tree_below(fs->tree, at.parent, at.bytes, at.len) : 0;
 	if (err && err != OVL_ABSENT)
 		return pass(ask);
 	below = err == 0;
-	if (below && is_dir)
+	if ((below && is_dir) || !open_place(fs, &at))
 		return pass(ask);
 	held = hold_last(fs, &at);
 	if (held < 0 && at.child.upper && at.child.name_count == 1 && ovl_tree_orphan(fs->tree, at.child.entry.nodeid) < 0)
@@ -669,6 +677,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	struct ovl_ask asked;
 	size_t len, new_len;
 	unsigned flags = 0;
+	bool below;
 	int fd, held = -1;
 	ovl_err_t err;
 
@@ -691,15 +700,14 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 		return pass(ask);
 	if (to.child.entry.nodeid && in.flags & RENAME_NOREPLACE)
 		return done(ask, -EEXIST);
+	below = !from.child.upper;
 	if ((to.child.entry.nodeid && S_ISDIR(to.child.entry.attr.mode)) ||
 	    !need_upper(fs, from.child.entry.nodeid, &from.child))
 		return pass(ask);
-	/* The second may have taken the slot of the first, and the copy-up that of both. */
-	from.dir = ovl_lane_need_dir(fs, ask->header.nodeid);
-	to.dir = ovl_lane_need_dir(fs, in.newdir);
-	if (!from.dir || !to.dir)
+	/* The second may take the slot of the first, which then is opened anew. */
+	if (!open_place(fs, &from) || !open_place(fs, &to) || !open_place(fs, &from))
 		return pass(ask);
-	err = from.dir->has_lower ? ovl_tree_below(fs->tree, from.dir->nodeid, from.bytes, from.len) : OVL_ABSENT;
+	err = below ? 0 : ovl_tree_below(fs->tree, from.parent, from.bytes, from.len);
 	if (err && err != OVL_ABSENT)
 		return pass(ask);
 	if (err == 0) {

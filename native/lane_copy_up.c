@@ -1,6 +1,6 @@
 /*
- * lane_copy_up.c - the plain case of a copy-up: a small regular file with one name and no xattrs, in a directory that is in
- * the upperdir
+ * lane_copy_up.c - the plain case of a copy-up: a small regular file with one name and no xattrs, in directories without
+ * xattrs
  *
  * The reference, and what does every other case, is ovlfs/overlay/copy_up.py, which says why the steps come in this order.
  * Here the file is made without a name (O_TMPFILE) in workdir and linked into its place: nobody ever sees half of it.
@@ -215,10 +215,10 @@ static ovl_err_t fill(struct ovl_lane_fs *fs, const struct ovl_description *is, 
 	return err;
 }
 
-/* Links the copy into its place; the parent's times stay. */
-static ovl_err_t place(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir, const char *name, int fd)
+/* Puts the copy into its place; the parent's times stay.  `flags`: of linkat, or 0 for a move. */
+static ovl_err_t put_in_place(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir, const char *name, int from_dir,
+			      const char *from, int flags)
 {
-	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct timespec times[2];
 	struct stat before;
 	ovl_err_t err = 0;
@@ -226,8 +226,8 @@ static ovl_err_t place(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir, const c
 	if (fstat(dir->fd, &before) != 0)
 		return -errno;
 	ovl_lane_set_impure(fs, dir);
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
-	if (linkat(AT_FDCWD, proc, dir->fd, name, AT_SYMLINK_FOLLOW) != 0)
+	if ((flags ? linkat(from_dir, from, dir->fd, name, flags)
+		   : renameat2(from_dir, from, dir->fd, name, RENAME_NOREPLACE)) != 0)
 		err = -errno;
 	times[0] = before.st_atim;
 	times[1] = before.st_mtim;
@@ -237,6 +237,7 @@ static ovl_err_t place(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir, const c
 
 ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how)
 {
+	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct ovl_tree_name *names = NULL;
 	struct ovl_description is;
 	struct ovl_lane_dir *dir;
@@ -265,8 +266,9 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 	if (fd < 0)
 		goto out;
 	err = fill(fs, &is, &meta, size, metacopy, fd);
+	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
 	if (!err)
-		err = place(fs, dir, (const char *)names[0].name, fd);
+		err = put_in_place(fs, dir, (const char *)names[0].name, AT_FDCWD, proc, AT_SYMLINK_FOLLOW);
 	if (!err && fstat(fd, &st) != 0)
 		err = -errno;
 	if (err) {
@@ -288,6 +290,106 @@ out:
 	if (meta.fd >= 0)
 		close(meta.fd);
 	free(names);
+	return err;
+}
+
+#define DEPTH_MAX 64u
+
+/* One directory, whose parent is in the upperdir: made in workdir, and moved into its place. */
+static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
+{
+	struct ovl_tree_name *names = NULL;
+	struct ovl_data meta = {.fd = -1};
+	struct timespec times[2];
+	struct ovl_description is;
+	struct ovl_lane_dir *dir;
+	struct origin origin;
+	struct ovl_attr attr;
+	char temp[24] = "";
+	struct stat st;
+	size_t count, origin_len;
+	int fd = -1;
+	ovl_err_t err = OVL_ASK;
+
+	if (ovl_tree_describe(fs->tree, nodeid, false, &is) || ovl_tree_names(fs->tree, nodeid, &names, &count) || count != 1)
+		goto out;
+	dir = ovl_lane_need_dir(fs, names[0].parent);
+	if (!dir || ovl_tree_open_meta(fs->tree, nodeid, &meta) || meta.upper || !is_plain(fs, &meta))
+		goto out;
+	snprintf(temp, sizeof(temp), "#d%x", fs->next_temp++);
+	if (mkdirat(fs->upper.work_fd, temp, 0700) != 0) {
+		temp[0] = 0;
+		goto out;
+	}
+	err = -EIO;
+	fd = openat(fs->upper.work_fd, temp, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (fd < 0)
+		goto out;
+	err = 0;
+	if ((is.entry.attr.uid != fs->uid || is.entry.attr.gid != fs->gid) &&
+	    fchown(fd, is.entry.attr.uid, is.entry.attr.gid) != 0)
+		err = -errno;
+	if (!err && fchmod(fd, is.entry.attr.mode & 07777) != 0)
+		err = -errno;
+	origin_len = origin_of(fs, &meta, is.entry.ino, &origin);
+	if (!err && origin_len > 0) {
+		err = set_own(fs, fd, "origin", &origin, origin_len);
+		if (err == -EOPNOTSUPP || err == -EPERM)
+			err = 0; /* good to have */
+	}
+	times[0] = split(is.entry.attr.atime_ns);
+	times[1] = split(is.entry.attr.mtime_ns);
+	if (!err && futimens(fd, times) != 0)
+		err = -errno;
+	if (!err)
+		err = put_in_place(fs, dir, (const char *)names[0].name, fs->upper.work_fd, temp, 0);
+	if (!err) {
+		temp[0] = 0;
+		err = fstat(fd, &st) != 0 ? -errno : 0;
+	}
+	if (err)
+		goto out;
+	ovl_attr_of_stat(&st, &attr);
+	attr.nlink = 1;
+	err = ovl_tree_set_upper(fs->tree, nodeid, st.st_ino, false);
+	if (!err)
+		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
+	atomic_fetch_add_explicit(&fs->copied_files, 1, memory_order_relaxed);
+out:
+	if (err == -EEXIST || err == -EINVAL || err == -ENOSYS)
+		err = OVL_ASK; /* something is there, or cannot be said so: the reference has to look */
+	if (temp[0])
+		unlinkat(fs->upper.work_fd, temp, AT_REMOVEDIR);
+	if (fd >= 0)
+		close(fd);
+	if (meta.fd >= 0)
+		close(meta.fd);
+	free(names);
+	return err;
+}
+
+ovl_err_t ovl_lane_copy_up_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
+{
+	uint64_t chain[DEPTH_MAX], at = nodeid;
+	struct ovl_description is;
+	struct ovl_entry parent;
+	size_t depth = 0;
+	ovl_err_t err = 0;
+
+	if (!fs->upper.direct || !fs->upper.may_chown)
+		return OVL_ASK;
+	for (;;) {
+		if (ovl_tree_describe(fs->tree, at, false, &is) || !is.is_linked)
+			return OVL_ASK;
+		if (is.upper)
+			break;
+		if (depth == DEPTH_MAX || ovl_tree_parent(fs->tree, at, &parent) || parent.nodeid == at)
+			return OVL_ASK;
+		chain[depth++] = at;
+		at = parent.nodeid;
+	}
+	while (!err && depth > 0)
+		err = copy_dir(fs, chain[--depth]);
 	return err;
 }
 

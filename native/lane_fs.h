@@ -72,6 +72,7 @@ struct ovl_lane_fs {
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
 	atomic_uint_fast64_t copied_files, copied_bytes; /* copied up here */
+	size_t forgotten;                        /* protected by gate.change; since the last ovl_tree_trim */
 	uint32_t uid, gid;                       /* ours; immutable */
 	bool selinux;                            /* the machine has it; immutable */
 };
@@ -154,6 +155,8 @@ enum ovl_lane_copy {
 };
 /* OVL_ASK: not the plain case, pass the request on; nothing has changed. */
 ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how);
+/* The same for a directory, and those above it. */
+ovl_err_t ovl_lane_copy_up_dir(struct ovl_lane_fs *fs, uint64_t nodeid);
 /* A metacopy gets another name: it has to say where its data is.  `object`: a path of the object.  OVL_ASK as above. */
 ovl_err_t ovl_lane_redirect_metacopy(struct ovl_lane_fs *fs, uint64_t nodeid, const char *object);
 

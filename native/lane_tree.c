@@ -54,6 +54,7 @@
 #define NS 1000000000ll
 /* "." and ".." have the offsets 1 and 2, the others their cookie + 2. */
 #define DOTS 2u
+#define TRIM_AFTER 50000u /* inodes forgotten */
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_attr) == 88, "wire format");
@@ -192,7 +193,7 @@ static enum ovl_lane_verdict answer_batch_forget(struct ovl_lane_ask *ask)
 	struct fuse_forget_one one;
 	unsigned char *items;
 	size_t count;
-	bool gone;
+	bool gone, trim;
 
 	if (ask->size < sizeof(in))
 		return OVL_LANE_SILENT;
@@ -207,7 +208,15 @@ static enum ovl_lane_verdict answer_batch_forget(struct ovl_lane_ask *ask)
 		memcpy(&one, items + i * sizeof(one), sizeof(one));
 		ovl_tree_forget(ask->fs->tree, one.nodeid, one.nlookup, &gone);
 	}
+	ask->fs->forgotten += count;
+	trim = ask->fs->forgotten > TRIM_AFTER;
+	if (trim)
+		ask->fs->forgotten = 0;
 	ovl_gate_changed(&ask->fs->gate);
+	if (trim) { /* the kernel is short of memory, or the mount has been walked over */
+		ovl_lane_yield(ask->answer->reader);
+		ovl_tree_trim(ask->fs->tree);
+	}
 	return OVL_LANE_SILENT;
 }
 

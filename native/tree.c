@@ -12,6 +12,7 @@
 #include "tree_impl.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -441,6 +442,25 @@ static ovl_err_t table_reserve(struct table *table)
 	free(table->slots);
 	*table = more;
 	return 0;
+}
+
+/* Gives back room that most of it is empty; without memory for a smaller one it stays. */
+static void table_shrink(struct table *table)
+{
+	struct table less = {.by_ino = table->by_ino, .mask = 15};
+
+	while (less.mask / 4 * 3 < table->count * 2)
+		less.mask = less.mask * 2 + 1;
+	if (!table->slots || less.mask >= table->mask)
+		return;
+	less.slots = calloc(less.mask + 1, sizeof(*less.slots));
+	if (!less.slots)
+		return;
+	for (size_t i = 0; i <= table->mask; i++)
+		if (table->slots[i])
+			table_enter(&less, table->slots[i]);
+	free(table->slots);
+	*table = less;
 }
 
 static void table_remove(struct table *table, const struct node *node)
@@ -1512,6 +1532,15 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 		*gone = !table_get(&tree->by_nodeid, nodeid);
 	}
 	pthread_rwlock_unlock(&tree->lock);
+}
+
+void ovl_tree_trim(struct ovl_tree *tree)
+{
+	pthread_rwlock_wrlock(&tree->lock);
+	table_shrink(&tree->by_nodeid);
+	table_shrink(&tree->by_ino);
+	pthread_rwlock_unlock(&tree->lock);
+	malloc_trim(0);
 }
 
 /* ---- what the reference answered ---------------------------------------------------------------------- */

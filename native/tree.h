@@ -160,6 +160,9 @@ ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid);
 /* `*gone`: the inode is known no longer, or never was. */
 void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone);
 
+/* Gives memory back to the system after much was forgotten.  May take milliseconds. */
+void ovl_tree_trim(struct ovl_tree *tree);
+
 /* ---- objects without a name; files that are open for writing (tree_data.c) ------------------------------ */
 
 /* The inode's upper object has no name any more: `fd` (O_PATH) leads to it, and is the tree's from now on.  -ESTALE: it

