@@ -22,6 +22,7 @@ import re
 import select
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
@@ -97,13 +98,27 @@ def resolve_mountpoint(path: bytes) -> bytes:
     return os.path.realpath(path)
 
 
+_PATIENCE_SECONDS = 2.0
+
+
 def is_dead(path: bytes) -> bool:
-    """Whether `path` is a FUSE mount whose daemon is gone."""
-    try:
-        os.statvfs(path)  # stat() would be answered from the kernel's cache
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+    """Whether `path` is a FUSE mount whose daemon is gone.  One that does not answer in time is not.
+
+    A daemon that hangs, anybody's, must not hang us: the question is asked in a thread that nobody waits for.
+    """
+    code = 0
+
+    def ask() -> None:
+        nonlocal code
+        try:
+            os.statvfs(path)  # stat() would be answered from the kernel's cache
+        except OSError as error:
+            code = error.errno or 0
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE_SECONDS)
+    return code in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class TarLayer:
     def __init__(self, index_buffer: "Buffer", fd: int, *, base_offset: int, layer_number: int) -> None:
         """A layer whose tar begins at `base_offset` in `fd`.
 
-        `fd` is borrowed: it must stay open as long as the layer is used.  `layer_number` makes st_ino unique in the
+        `fd` is borrowed: it must stay open as long as the layer is used; -1: nobody will ask for file data.  `layer_number` makes st_ino unique in the
         stack; it must be the same at every mount.
 
         Raises:
@@ -70,6 +70,8 @@ class TarLayer:
 
     def identity(self) -> tuple[int, int, int, int]:
         """(st_dev, st_ino, size, mtime in ns) of the file that the tar lies in: other numbers, and it was changed."""
+        if self.fd < 0:
+            return 0, 0, 0, 0
         status = os.fstat(self.fd)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
