@@ -201,7 +201,7 @@ def make_runner(
     document = spec.runtime_spec(
         container,
         rootfs,
-        tty_group=mapping.gids is None or mapping.gids > 5,
+        tty_group=mapping.has_group(spec.TTY_GROUP),
         in_user_namespace=mapping.user_namespace,
         set_groups=mapping.set_groups,
     )

@@ -60,7 +60,11 @@ class Mapping:
     @property
     def set_groups(self) -> bool:
         """Whether supplementary groups can be set; the kernel forbids it where the user mapped the groups alone."""
-        return self.gids is None or self.gids > 1
+        return self.has_group(1)
+
+    def has_group(self, gid: int) -> bool:
+        """Whether a group exists."""
+        return self.gids is None or gid < self.gids
 
 
 def unshare(flags: int) -> None:
@@ -120,6 +124,17 @@ def enter() -> Mapping:
     else:
         note = f"rootless: uid {uid} is root here, and there are no other users ({_why_single(uid, gid)})"
     return Mapping(found.user_namespace, found.uids, found.gids, note)
+
+
+def seen_by_a_runtime() -> tuple[Mapping, tuple[IdRange, ...], tuple[IdRange, ...]]:
+    """For a container that a runtime will make from here: which ids there will be, and the maps it shall write, if any.
+
+    A user's runtime can always map the user as root; more only with newuidmap, and a mount that lets the others in.
+    """
+    if _may_mount():
+        return _here(), (), ()
+    uid_map, gid_map = (IdRange(0, os.geteuid(), 1),), (IdRange(0, os.getegid(), 1),)
+    return Mapping(user_namespace=True, uids=1, gids=1), uid_map, gid_map
 
 
 def _map_ourselves(uid: int, gid: int) -> None:

@@ -28,6 +28,7 @@ FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 _NOT_FOUND = re.compile(r"executable file.*not found|no such file or directory", re.IGNORECASE)
 _NOT_EXECUTABLE = re.compile(r"permission denied|exec format error|is a directory", re.IGNORECASE)
 _MAX_LOG_BYTES = 1 << 20
+_CONTAINERS = b"/runtime"
 _HYBRID = "/sys/fs/cgroup/unified"
 
 
@@ -74,7 +75,7 @@ class Runtime:
         words = [
             os.fsencode(self.program),
             b"--root",
-            self.state + b"/runtime",
+            self.state + _CONTAINERS,
             b"--log",
             log,
             b"--log-format",
@@ -96,15 +97,10 @@ class Runtime:
 
     def remove(self) -> None:
         """Kill what is left of the container, if anything is.  Can be called at any time, and twice."""
-        if not os.path.isdir(self.state + b"/runtime/" + self.identity.encode()):
-            return
-        subprocess.run(
-            [*self._words(), b"delete", b"--force", self.identity.encode()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
+        if os.path.isdir(self.state + _CONTAINERS + b"/" + self.identity.encode()):
+            null = subprocess.DEVNULL
+            words = [*self._words(), b"delete", b"--force", self.identity.encode()]
+            subprocess.run(words, stdin=null, stdout=null, stderr=null, check=False)
 
     def understood(self, code: int) -> int:
         """What the exit code of the runtime says: the command's own, or that it was never started, and why."""
@@ -129,6 +125,13 @@ class Runtime:
                 if found.get("level") in ("error", "fatal"):
                     errors.append(str(found.get("msg")))
         return errors[-1] if errors else ""
+
+
+def remove_all(state: bytes) -> None:
+    """Kill what is left of containers whose state is in `state`: for who has not started them."""
+    with contextlib.suppress(FileNotFoundError):  # none was ever started
+        for name in os.listdir(state + _CONTAINERS):
+            Runtime(find_runtime(), state, os.fsdecode(name), state).remove()
 
 
 def _hide_mixed_cgroups() -> None:

@@ -33,6 +33,9 @@ _CAPABILITIES = (
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 )
+TTY_GROUP = 5
+"""Debian's and everybody's gid of tty, which owns the terminals."""
+
 _MASKED = (
     "/proc/acpi",
     "/proc/asound",
@@ -179,7 +182,7 @@ def _system_mounts(*, tty_group: bool, bind_sys: bool) -> list[dict[str, Any]]:
             "destination": "/dev/pts",
             "type": "devpts",
             "source": "devpts",
-            "options": [*terminals, *(["gid=5"] if tty_group else [])],
+            "options": [*terminals, *([f"gid={TTY_GROUP}"] if tty_group else [])],
         },
         {
             "destination": "/dev/shm",  # noqa: S108
