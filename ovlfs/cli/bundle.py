@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import stat
 from typing import TYPE_CHECKING
 
 from ovlfs.cli.container_options import (
@@ -57,34 +56,37 @@ def run(args: argparse.Namespace) -> int:
     config = open_config(args.image, args.platform)
     directory = os.path.abspath(args.directory)
     with contextlib.ExitStack() as undo:
-        _make_directory(directory, undo)
-        said = _fill(args, config, directory, undo)
+        suid = _make_directory(directory, undo)
+        said = _fill(args, config, directory, undo, suid=suid)
         undo.pop_all()
-    print(f"{said[0]}\n{printable(args.directory)}/config.json runs it, e.g. `crun run --bundle DIR NAME`")
-    for line in said[1:]:
-        print(line)
+    shown = printable(args.directory)
+    print(said)
+    if not suid:
+        print(f"set-uid programs have no effect in it: {shown} is open to others, or you are not root")
+    print(f"run it with `crun run --bundle {shown} NAME`; at the end, `ovlfs umount {shown}/rootfs`")
     return 0
 
 
-def _make_directory(directory: bytes, undo: contextlib.ExitStack) -> None:
-    """Set-uid programs of a stranger's image will be below it, so it is closed to others."""
+def _make_directory(directory: bytes, undo: contextlib.ExitStack) -> bool:
+    """Make it, or take it if it is empty.  Whether set-uid programs of a stranger's image may work below it.
+
+    That needs to be root's, who alone can mount so, and closed to all others.
+    """
     try:
         os.mkdir(directory, 0o700)
         undo.callback(os.rmdir, directory)
     except FileExistsError:
-        found = os.lstat(directory)
-        if not stat.S_ISDIR(found.st_mode) or os.listdir(directory):
+        if not os.path.isdir(directory) or os.listdir(directory):
             raise MountError(f"{printable(directory)}: should be an empty directory, or not be there") from None
-        if found.st_mode & 0o077 or found.st_uid != os.geteuid():
-            raise MountError(
-                f"{printable(directory)}: should be yours and closed to others (chmod 700): "
-                "the image's set-uid programs work below it"
-            ) from None
     except OSError as error:
         raise MountError(f"{printable(directory)}: {error.strerror}") from error
+    found = os.stat(directory)
+    return os.geteuid() == 0 and found.st_uid == 0 and not found.st_mode & 0o077
 
 
-def _fill(args: argparse.Namespace, config: "Config", directory: bytes, undo: contextlib.ExitStack) -> list[str]:
+def _fill(
+    args: argparse.Namespace, config: "Config", directory: bytes, undo: contextlib.ExitStack, *, suid: bool
+) -> str:
     """Mount, and write config.json.  What is said about the mount."""
     from ovlfs.cli import start, umount  # noqa: PLC0415
     from ovlfs.image.store import Store  # noqa: PLC0415
@@ -108,7 +110,7 @@ def _fill(args: argparse.Namespace, config: "Config", directory: bytes, undo: co
             mountpoint=rootfs,
             image=args.image,
             params=params,
-            flags=MountFlags(suid=os.geteuid() == 0, platform=args.platform, ephemeral=kept is None),
+            flags=MountFlags(suid=suid, platform=args.platform, ephemeral=kept is None),
             upper=None if kept is None else kept.upperdir,
             work=None if kept is None else kept.workdir,
         )
@@ -125,7 +127,7 @@ def _fill(args: argparse.Namespace, config: "Config", directory: bytes, undo: co
         os.close(rootfd)
     document = spec.runtime_spec(
         prepared.container,
-        b"rootfs",
+        rootfs,
         tty_group=mapping.has_group(spec.TTY_GROUP),
         in_user_namespace=mapping.user_namespace,
         set_groups=mapping.set_groups,
@@ -134,7 +136,7 @@ def _fill(args: argparse.Namespace, config: "Config", directory: bytes, undo: co
     )
     with open(directory + b"/config.json", "xb") as file:
         file.write(document)
-    return said.splitlines()
+    return said
 
 
 def _remove_files(directory: bytes) -> None:

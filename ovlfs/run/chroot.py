@@ -75,7 +75,7 @@ class Chroot:
     def remove(self) -> None:
         """Nothing: the kernel kills what is left when process 1 ends, and that ends with its runner."""
 
-    def understood(self, code: int) -> int:
+    def understood(self, code: int, command: str) -> int:  # noqa: ARG002
         """The exit code as it is: ours are docker's."""
         return code
 

@@ -72,7 +72,7 @@ def prepare(
     hostname = _hostname(settings)
     wanted = [*_lent_files(hostname, settings.host_network, state), *settings.binds]
     resolved = process.resolve(
-        config, overrides, rootfd, hostname=hostname, mounted=tuple(os.fsdecode(one.destination) for one in wanted)
+        config, overrides, rootfd, hostname=hostname, mounted=tuple(one.destination for one in wanted)
     )
     _check_mapped(resolved, mapping)
     stubs: list[inside.Stub] = []
@@ -204,6 +204,7 @@ def make_runner(
         tty_group=mapping.has_group(spec.TTY_GROUP),
         in_user_namespace=mapping.user_namespace,
         set_groups=mapping.set_groups,
+        console=os.get_terminal_size(0) if container.process.tty else None,
     )
     with open(state + b"/config.json", "xb") as file:
         file.write(document)
@@ -218,4 +219,4 @@ def supervised(runner: runtime.Runtime | Chroot, resolved: process.Process, serv
         code = supervise.Command(child, runner.pid_file, resolved.stop_signal, server).wait()
     if code < 0:
         return 128 - code  # the runner itself was killed; the command is killed with it, by remove()
-    return runner.understood(code)
+    return runner.understood(code, resolved.argv[0])

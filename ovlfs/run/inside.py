@@ -21,6 +21,9 @@ from ovlfs.layer import sys
 _MAX_LINKS = 40
 """Kernel: MAXSYMLINKS."""
 
+_MAX_PATH_BYTES = 4096
+"""Kernel: PATH_MAX."""
+
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
 
 
@@ -95,7 +98,9 @@ def find(rootfd: int, path: bytes, *, make: str = "") -> Place:
         ImageError: it is not there (and not to be made), is of the other kind, or a component is no directory.
     """
     if b"\0" in path:
-        raise ImageError(f"path {printable(path)}: holds a NUL byte")
+        raise ImageError(f"path {printable(path[:200])}: holds a NUL byte")
+    if len(path) >= _MAX_PATH_BYTES:
+        raise ImageError(f"path {printable(path[:200])}...: {os.strerror(errno.ENAMETOOLONG)}")
     waiting = [part for part in path.split(b"/") if part not in {b"", b"."}][::-1]
     at: list[bytes] = []
     stubs: list[Stub] = []

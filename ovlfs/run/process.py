@@ -69,7 +69,7 @@ def check_platform(config: Config, where: str) -> None:
 
 
 def resolve(
-    config: Config, overrides: Overrides, rootfd: int, *, hostname: str = "", mounted: tuple[str, ...] = ()
+    config: Config, overrides: Overrides, rootfd: int, *, hostname: str = "", mounted: tuple[bytes, ...] = ()
 ) -> Process:
     """The process.
 
@@ -126,16 +126,13 @@ def environment(process: Process) -> Mapping[str, str]:
     return dict(one.split("=", 1) for one in process.env)
 
 
-def _cwd(text: str, rootfd: int, mounted: tuple[str, ...]) -> bytes:
+def _cwd(text: str, rootfd: int, mounted: tuple[bytes, ...]) -> bytes:
     path = b"/" + text.encode("utf-8", "surrogateescape")
-    try:
-        place = inside.find(rootfd, path)
-    except ImageError:
-        lexical = inside.lexical(path)
-        if any(inside.is_below(lexical, inside.lexical(one.encode("utf-8", "surrogateescape"))) for one in mounted):
-            place = inside.Place(lexical)
-        else:
-            place = inside.find(rootfd, path, make="directory")
+    lexical = inside.lexical(path)
+    if any(inside.is_below(lexical, inside.lexical(one)) for one in mounted):
+        place = inside.Place(lexical)  # what is there shows when it is mounted
+    else:
+        place = inside.find(rootfd, path, make="directory")
     if place.path.split(b"/")[0] == b"proc":
         inside.remove_stubs(rootfd, place.stubs)
         raise ImageError(f"the working directory {printable(text)} leads into /proc, which is not allowed")

@@ -17,16 +17,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ovlfs.errors import MountError
+from ovlfs.errors import MountError, printable
 from ovlfs.run import namespaces, supervise
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 
 _NOT_FOUND = re.compile(r"executable file.*not found|no such file or directory", re.IGNORECASE)
-_NOT_EXECUTABLE = re.compile(r"permission denied|exec format error|is a directory", re.IGNORECASE)
+_NOT_EXECUTABLE = re.compile(r"open executable|permission denied|exec format error|is a directory", re.IGNORECASE)
 _MAX_LOG_BYTES = 1 << 20
 _CONTAINERS = b"/runtime"
 _HYBRID = "/sys/fs/cgroup/unified"
@@ -72,16 +73,9 @@ class Runtime:
 
     def _words(self) -> list[bytes]:
         log = (b"file:" if self._is_crun else b"") + self._log
-        words = [
-            os.fsencode(self.program),
-            b"--root",
-            self.state + _CONTAINERS,
-            b"--log",
-            log,
-            b"--log-format",
-            b"json",
-        ]
-        return [*words, b"--cgroup-manager=disabled"] if self._is_crun else words
+        words = [os.fsencode(self.program), b"--root", self.state + _CONTAINERS, b"--log", log]
+        # Not JSON: crun would say it on stderr, too, when execve(2) fails.
+        return [*words, b"--cgroup-manager=disabled"] if self._is_crun else [*words, b"--log-format", b"json"]
 
     def start(self, mask: set[int]) -> int:
         """Start it in a child, in the foreground; the child's process id."""
@@ -102,11 +96,17 @@ class Runtime:
             words = [*self._words(), b"delete", b"--force", self.identity.encode()]
             subprocess.run(words, stdin=null, stdout=null, stderr=null, check=False)
 
-    def understood(self, code: int) -> int:
-        """What the exit code of the runtime says: the command's own, or that it was never started, and why."""
+    def understood(self, code: int, command: str) -> int:
+        """What the exit code of the runtime says: the command's own, or that it was never started, and why.
+
+        Deliberate: what execve(2) itself refuses (no interpreter, no format) is 1, as with docker; there the runtime
+        has become the command already, and has said so on stderr only.
+        """
         said = self._said() if code != 0 else ""
         if not said:
             return code
+        if command not in said:  # "open executable: Permission denied", says crun
+            sys.stderr.write(f"ovlfs: {printable(command[:200])}: the runtime could not execute it\n")
         if _NOT_FOUND.search(said):
             return NOT_FOUND
         return NOT_EXECUTABLE if _NOT_EXECUTABLE.search(said) else FAILED
@@ -118,6 +118,8 @@ class Runtime:
                 lines = file.read(_MAX_LOG_BYTES).splitlines()
         except FileNotFoundError:
             return ""
+        if self._is_crun:
+            return lines[-1].decode(errors="replace") if lines else ""  # it logs nothing but errors
         errors = []
         for line in lines:
             with contextlib.suppress(ValueError, AttributeError):

@@ -4,18 +4,25 @@ The process, as process.py resolved it to numbers, so that no runtime looks anyt
 own for processes, mounts, host name and IPC, and for the network unless it is the host's; /proc, /dev and /sys as
 docker makes them; what of /proc and /sys is masked or read-only is docker's list, too.
 
-Deliberate differences from docker: CAP_MKNOD is not given, since without a device cgroup, which we do not ask for, the
-/dev that a runtime makes would open every disk of the host; there is no seccomp profile; the image's labels are no
-annotations, since runtimes act on those (CVE-2026-53488, run.oci.*).
+Device nodes, of the image or made by the command, must not open the host's disks, and there is no device cgroup that
+would see to it.  So CAP_MKNOD is not given, and the root stays `nodev`: crun and runc both lose that flag when they
+remount the root (seen with crun 1.8.1; runc 1.1.5 for a read-only root), so a hook, which runs after all their mounts,
+sets it again, and makes the root read-only in the same call.  In a user namespace the kernel does it by itself.
+
+Other deliberate differences from docker: there is no seccomp profile; the image's labels are no annotations, since
+runtimes act on those (CVE-2026-53488, run.oci.*).
 
 Spec: runtime-spec config.md, config-linux.md; image-spec conversion.md.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ovlfs.errors import MountError
 from ovlfs.run.process import Process
 
 _CAPABILITIES = (
@@ -98,17 +105,22 @@ def runtime_spec(
     set_groups: bool = True,
     uid_map: Sequence[IdRange] = (),
     gid_map: Sequence[IdRange] = (),
+    console: tuple[int, int] | None = None,
 ) -> bytes:
     """config.json.
 
     Args:
         container: what to run.
-        rootfs: the root's path; a relative one is below the bundle.
+        rootfs: the root's absolute path.
         tty_group: whether gid 5 (tty) exists, for the terminals' group.
         in_user_namespace: the runtime runs, or will run the container, in one.
         set_groups: whether supplementary groups may be set.
         uid_map: of a user namespace that the runtime shall make; empty: it makes none.
         gid_map: the same for groups.
+        console: columns and lines of the terminal that the command gets.
+
+    Raises:
+        MountError: mount(8) is missing.
     """
     process, user = container.process, container.process.user
     kinds = [
@@ -132,7 +144,7 @@ def runtime_spec(
     capabilities = {"bounding": list(_CAPABILITIES)}
     if user.uid == 0:
         capabilities |= {"effective": list(_CAPABILITIES), "permitted": list(_CAPABILITIES)}
-    document = {
+    document: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": {
             "terminal": process.tty,
@@ -144,7 +156,7 @@ def runtime_spec(
             "capabilities": capabilities,
             "noNewPrivileges": False,
         },
-        "root": {"path": _text(rootfs), "readonly": container.read_only},
+        "root": {"path": _text(rootfs), "readonly": container.read_only and in_user_namespace},
         "hostname": container.hostname,
         "mounts": [
             *_system_mounts(tty_group=tty_group, bind_sys=in_user_namespace and container.host_network),
@@ -153,8 +165,22 @@ def runtime_spec(
         "annotations": {"org.opencontainers.image.stopSignal": str(int(process.stop_signal))},
         "linux": linux,
     }
+    if console is not None:
+        document["process"]["consoleSize"] = {"width": console[0], "height": console[1]}
+    if not in_user_namespace:
+        document["hooks"] = {"createContainer": [_remount(rootfs, read_only=container.read_only)]}
     # Words of the image that are not UTF-8 pass as the bytes they are.
     return json.dumps(document, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def _remount(rootfs: bytes, *, read_only: bool) -> dict[str, Any]:
+    program = shutil.which("mount", path=os.environ.get("PATH", os.defpath) + ":/usr/bin:/bin")
+    if program is None:
+        raise MountError("mount(8) is missing (Debian: apt-get install mount)")
+    words = "remount,bind,nodev" + (",ro" if read_only else "")
+    # A hook must read what the runtime writes to it: crun takes a closed pipe for its failure.
+    script = 'cat >/dev/null && exec "$0" "$@"'
+    return {"path": "/bin/sh", "args": ["sh", "-c", script, program, "-o", words, _text(rootfs)]}
 
 
 def _text(path: bytes) -> str:
