@@ -185,33 +185,45 @@ class _Run:
         return next((one.record for one in mounting.mounts() if one.entry.mountpoint == self.rootfs), None)
 
     def _unmount(self) -> None:
-        """Unmount, and wait until everything is on disk; after a killed daemon, do what it would have done."""
+        """Unmount, and wait until everything is on disk; after a killed daemon, do what it would have done.
+
+        Raises:
+            MountError: not everything is on disk.
+            ServerDiedError: the daemon was killed.
+        """
         from ovlfs.cli import umount, uppers  # noqa: PLC0415
         from ovlfs.fuse import mounting  # noqa: PLC0415
+        from ovlfs.run.supervise import ServerDiedError  # noqa: PLC0415
 
+        record = self._record()
         if mounting.find_mount(self.rootfs) is None:
             return
-        record = self._record()
-        alive = record is not None and record.alive
-        try:
-            umount.unmount(self.rootfs, lazy=not alive)
-        except MountError:
-            if mounting.find_mount(self.rootfs) is None:
-                raise  # it is unmounted, and something is not on disk
-            umount.unmount(self.rootfs, lazy=True)
-        if not alive:
-            uppers.sweep_ephemeral(os.path.dirname(os.path.dirname(self.place)))
-        elif record is not None and record.log is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(record.log)  # nobody will look for it: the next run has another mountpoint
+        with mounting.watching(record) as daemon:
+            try:
+                umount.unmount(self.rootfs, lazy=False)
+            except MountError:
+                if mounting.find_mount(self.rootfs) is None:
+                    raise  # it is unmounted, and something is not on disk
+                umount.unmount(self.rootfs, lazy=True)
+            if daemon is not None:
+                mounting.wait_for_end(daemon)
+        if record is not None and mounting.reread(record) is None:  # it has ended in order
+            if record.log is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(record.log)  # nobody will look for it: the next run has another mountpoint
+            return
+        mounting.Registry(mounting.default_registry()).sweep()
+        uppers.sweep_ephemeral(os.path.dirname(os.path.dirname(self.place)))
+        raise ServerDiedError
 
     def clean_up_for_the_dead(self) -> None:
         """In the janitor, when the process of the command line was killed."""
         from ovlfs.cli import uppers  # noqa: PLC0415
-        from ovlfs.run import runtime  # noqa: PLC0415
+        from ovlfs.run import chroot, runtime  # noqa: PLC0415
 
-        runtime.remove_all(self.state)
-        self._unmount()
+        (chroot if self.args.chroot else runtime).remove_all(self.state)
+        with contextlib.suppress(OvlfsError):  # nobody is left to be told
+            self._unmount()
         if self.kept is not None and self.args.rm:
             uppers.drop(self.kept)
         uppers.remove(self.place)

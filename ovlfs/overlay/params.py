@@ -41,7 +41,7 @@ class Params:
         metacopy: whether a change of attributes copies only those; None: the default.
         volatile: nothing is ever synced.
         volatile_mark: a volatile mount leaves a mark that forbids using the upperdir after a crash.
-        xattr_permissions: 2: owners are kept in user.containers.override_stat; 0: never; None: where needed.
+        xattr_permissions: 2: owners are kept in user.containers.override_stat, always; 0: never; None: where needed.
         oci_whiteouts: `.wh.` names in lower directories are whiteouts, as in an unpacked OCI layer.
         read_only: nothing can be changed, even with an upperdir.
         acl: POSIX ACLs are honoured.

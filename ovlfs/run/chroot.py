@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ovlfs.errors import printable
+from ovlfs.fuse import mounting
 from ovlfs.layer import sys
 from ovlfs.run import namespaces, supervise
 from ovlfs.run.namespaces import (
@@ -43,6 +44,7 @@ from ovlfs.run.namespaces import (
 from ovlfs.run.runtime import FAILED, NOT_EXECUTABLE, NOT_FOUND
 from ovlfs.run.spec import Bind, Container
 
+_PID_FILE = b"/pid"
 _NOT_FOUND = frozenset((errno.ENOENT, errno.ENOTDIR))
 _NOT_EXECUTABLE = frozenset((errno.EACCES, errno.ENOEXEC, errno.EISDIR, errno.EPERM))
 
@@ -66,14 +68,15 @@ class Chroot:
     @property
     def pid_file(self) -> bytes:
         """Where the runner writes the command's process id."""
-        return self.state + b"/pid"
+        return self.state + _PID_FILE
 
     def start(self, mask: set[int]) -> int:
         """Start it in a child; the child's process id."""
         return supervise.fork(self._runner, mask)
 
     def remove(self) -> None:
-        """Nothing: the kernel kills what is left when process 1 ends, and that ends with its runner."""
+        """Kill process 1, if it is still there: a set-uid command does not end with its runner (prctl(2))."""
+        remove_all(self.state)
 
     def understood(self, code: int, command: str) -> int:  # noqa: ARG002
         """The exit code as it is: ours are docker's."""
@@ -92,7 +95,7 @@ class Chroot:
             self._first()
         temp = self.pid_file + b".tmp"
         with open(temp, "w", encoding="ascii") as file:
-            file.write(str(pid))
+            file.write(f"{pid} {mounting.start_time(pid)}")
         os.rename(temp, self.pid_file)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code < 0:
@@ -125,14 +128,10 @@ class Chroot:
         namespaces.mount(root, root, flags=MS_BIND | MS_REC)
         rootfd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         os.fchdir(rootfd)
-        with _at(rootfd, b"proc") as target:
-            try:
-                namespaces.mount(b"proc", target, b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-            except PermissionError:  # the host's is partly covered, so the kernel gives a user namespace no new one
-                namespaces.mount(b"/proc", target, flags=MS_BIND | MS_REC)
-        for name in (b"dev", b"sys"):
-            with _at(rootfd, name) as target:
-                namespaces.mount(b"/" + name, target, flags=MS_BIND | MS_REC)
+        # New where our namespaces are not the host's: /proc shows our processes, /sys our network.
+        _mount_system(rootfd, b"proc", new=True)
+        _mount_system(rootfd, b"sys", new=not self.container.host_network)
+        _mount_system(rootfd, b"dev", new=False)
         for bind in self.container.binds:
             self._bind(rootfd, bind)
         if self.container.read_only:
@@ -158,6 +157,7 @@ class Chroot:
             os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
+        supervise.die_with_parent(0)  # a change of ids has cleared it
         argv = [_bytes(word) for word in process.argv]
         env = dict(_bytes(one).split(b"=", 1) for one in process.env)
         os.umask(0o022)
@@ -168,6 +168,26 @@ class Chroot:
             if error.errno not in _NOT_FOUND | _NOT_EXECUTABLE:
                 code = FAILED
             raise _CannotExecuteError(f"{printable(argv[0][:200])}: {error.strerror}", code) from error
+
+
+def _mount_system(rootfd: int, name: bytes, *, new: bool) -> None:
+    with _at(rootfd, name) as target:
+        if new:
+            kind = {b"sys": b"sysfs"}.get(name, name)
+            # EPERM: the host's is partly covered, so the kernel gives a user namespace no other view of it.
+            with contextlib.suppress(PermissionError):
+                namespaces.mount(kind, target, kind, MS_NOSUID | MS_NODEV | MS_NOEXEC)
+                return
+        namespaces.mount(b"/" + name, target, flags=MS_BIND | MS_REC)
+
+
+def remove_all(state: bytes) -> None:
+    """Kill the command whose process is written in `state`: for who has not started it."""
+    with contextlib.suppress(FileNotFoundError):  # there is none
+        with open(state + _PID_FILE, encoding="ascii") as file:
+            fields = file.read(64).split()
+        if len(fields) == 2 and str(mounting.start_time(int(fields[0]))) == fields[1]:
+            os.kill(int(fields[0]), signal.SIGKILL)
 
 
 class _CannotExecuteError(Exception):

@@ -163,10 +163,10 @@ class Command:
         """The command's process; None: it is not there yet."""
         try:
             with open(self.pid_file, "rb") as file:
-                text = file.read(32).strip()
+                fields = file.read(64).split()
         except FileNotFoundError:
             return None
-        return int(text) if text.isdigit() else None
+        return int(fields[0]) if fields and fields[0].isdigit() else None
 
     def _send(self, number: int) -> bool:
         """Send the command a signal; False: it is not there yet."""
@@ -186,7 +186,7 @@ class ServerDiedError(OvlfsError):
     """The daemon that serves the root has ended while the command was running."""
 
     def __init__(self) -> None:
-        super().__init__("the daemon that serves the root file system has ended; the command was killed")
+        super().__init__("the daemon that serves the root file system has ended, and with it the command")
 
 
 def _ended(pid: int) -> int | None:

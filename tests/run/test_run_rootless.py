@@ -79,7 +79,10 @@ def test_with_lent_ids(lent: User, words: tuple[str, ...]) -> None:
 
 def test_without_lent_ids(user: User, words: tuple[str, ...]) -> None:
     """Root is the only user; one that does not exist is refused in one line."""
-    script = "id -u; stat -c '%u:%g' / /etc/passwd /srv/data/seed /opt/links/one; touch /x /srv/data/x; chown 5 /x || echo no"
+    script = (
+        "id -u; stat -c '%u:%g' / /etc/passwd /srv/data/seed /opt/links/one; "
+        "touch /x /srv/data/x; chown 5 /x || echo no"
+    )
     result = user.ovlfs("run", *words, "-u", "0", "--entrypoint", "sh", images() / SMALL, "--", "-c", script)
     assert result.stdout.splitlines() == ["0", "0:0", "0:0", "0:0", "65534:65534", "no"]
     note = f"ovlfs: rootless: uid {UID} is root here, and there are no other users (/etc/subuid lends uid {UID} no ids)"
@@ -108,8 +111,11 @@ def test_networks(lent: User, image: Path, words: tuple[str, ...], network: str)
 
 
 def test_kept_changes_are_the_users_and_the_same_everywhere(lent: User, scratch: Path) -> None:
-    """An upperdir written under lent ids shows the same in a mount of the user's, in one of root's, and under one id."""
-    script = "echo x > /x; chown 5:6 /x; chmod 4750 /x; mkdir /d; chown 7 /d; touch /d/f; rm /etc/motd /etc/profile; mkfifo /p"
+    """An upperdir written under lent ids shows the same in a mount of the user's, and under one id."""
+    script = (
+        "echo x > /x; chown 5:6 /x; chmod 4750 /x; mkdir /d; chown 7 /d; touch /d/f; mkfifo /p; ln -s x /l; "
+        "rm -r /opt/zoo"
+    )
     words = ["run", "-u", "0", "--entrypoint", "sh", "--upper", "up", images() / SMALL, "--", "-c"]
     lent.ovlfs(*words, script)
     upper = lent.home / "up"
@@ -118,7 +124,7 @@ def test_kept_changes_are_the_users_and_the_same_everywhere(lent: User, scratch:
     seen = lent.ovlfs(*words, "stat -c '%n %u:%g %a %F' /x /d /d/f /p").stdout
     assert seen.splitlines()[0] == "/x 5:6 4750 regular file"
     lent.ovlfs("mount", "--upper", "up", images() / SMALL, lent.directory("mnt"))
-    listed = lent.run("stat", "-c", "%n %u:%g %a %F", "mnt/x", "mnt/d", "mnt/d/f", "mnt/p").stdout
+    listed = lent.run("stat", "-c", "%n %u:%g %a %F", "mnt/x", "mnt/d", "mnt/d/f", "mnt/p", "mnt/l").stdout
     assert listed.replace("mnt", "") == seen
     lent.ovlfs("umount", "mnt")
     lent.run("umount", "/etc/subuid", as_root=True)
@@ -156,7 +162,8 @@ def running(user: User, *arguments: object) -> "Iterator[subprocess.Popen[str]]"
     prefix = ["nsenter", f"--mount={user.namespace}", "setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
     with subprocess.Popen(
         [*prefix, interpreter(), "-m", "ovlfs.cli.main", "run", *map(str, arguments)],
-        env=environment, cwd=user.home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=user.home, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as run:  # fmt: skip
         assert run.stdout is not None
         assert run.stderr is not None
