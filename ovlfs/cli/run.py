@@ -160,9 +160,9 @@ class _Run:
         from ovlfs.overlay.params import MountFlags, Params  # noqa: PLC0415
 
         # In a user namespace the owners of files are kept in xattrs: so the upperdir is the user's, through and
-        # through, and shows the same whichever ids the next mount has.
-        params = Params(xattr_permissions=2 if self.mapping.user_namespace else None)
-        kept = self.kept
+        # through, and if it is kept, shows the same whichever ids the next mount has.
+        mapped, kept = self.mapping.user_namespace, self.kept
+        params = Params(xattr_permissions=2 if mapped else None, override_always=mapped and kept is not None)
         flags = MountFlags(suid=True, platform=self.args.platform, ephemeral=kept is None)
         start.mount(
             start.Request(

@@ -88,15 +88,18 @@ class OverrideOwner:
 
     With `always`, the xattr is written even where the object says the same: in a user namespace our files are root's
     only as long as we are in it, and shall be root's in the next mount, too.
+
+    Attributes:
+        always: see above; immutable.
     """
 
     def __init__(self, *, always: bool = False) -> None:
         self._uid, self._gid = os.geteuid(), os.getegid()
-        self._always = always
+        self.always = always
 
     def make(self, dirfd: int, name: bytes, attr: NewObject) -> None:  # noqa: D102
         kind = stat.S_IFMT(attr.mode)
-        ours = (attr.uid, attr.gid) == (self._uid, self._gid) and not self._always
+        ours = (attr.uid, attr.gid) == (self._uid, self._gid) and not self.always
         if kind in (stat.S_IFREG, stat.S_IFDIR) or (ours and kind in (stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK)):
             _make_real(dirfd, name, attr)
         else:
@@ -106,7 +109,7 @@ class OverrideOwner:
         """Whether `set` can store this owner: real symlinks, fifos and sockets hold no user.* xattrs."""
         if stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
             return True
-        return not self._always and (uid, gid) == (self._uid, self._gid)
+        return not self.always and (uid, gid) == (self._uid, self._gid)
 
     def set(self, path: bytes, mode: int, uid: int, gid: int, *, rdev: int = 0) -> None:  # noqa: D102
         st = os.stat(path)
@@ -118,7 +121,7 @@ class OverrideOwner:
         kind = stat.S_IFMT(mode)
         shown = Override(uid, gid, permissions, kind, rdev)
         st = os.stat(path)
-        if not self._always and shown == Override(
+        if not self.always and shown == Override(
             st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode), stat.S_IFMT(st.st_mode)
         ):
             if OVERRIDE_XATTR in map(os.fsencode, os.listxattr(path)):

@@ -121,14 +121,14 @@ def test_kept_changes_are_the_users_and_the_same_everywhere(lent: User, scratch:
     upper = lent.home / "up"
     for path in (upper, *upper.rglob("*")):
         assert os.lstat(path).st_uid == UID, path
-    seen = lent.ovlfs(*words, "stat -c '%n %u:%g %a %F' /x /d /d/f /p").stdout
+    seen = lent.ovlfs(*words, "stat -c '%n %u:%g %a %F' /x /d /d/f /p /l").stdout
     assert seen.splitlines()[0] == "/x 5:6 4750 regular file"
     lent.ovlfs("mount", "--upper", "up", images() / SMALL, lent.directory("mnt"))
     listed = lent.run("stat", "-c", "%n %u:%g %a %F", "mnt/x", "mnt/d", "mnt/d/f", "mnt/p", "mnt/l").stdout
     assert listed.replace("mnt", "") == seen
     lent.ovlfs("umount", "mnt")
     lent.run("umount", "/etc/subuid", as_root=True)
-    under_one = lent.ovlfs(*words, "stat -c '%n %u:%g %a %F' /x /d /d/f /p").stdout.splitlines()
+    under_one = lent.ovlfs(*words, "stat -c '%n %u:%g %a %F' /x /d /d/f /p /l").stdout.splitlines()
     assert under_one[0] == "/x 65534:65534 4750 regular file"
     assert under_one[2] == "/d/f 0:0 644 regular empty file"
 
