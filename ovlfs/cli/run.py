@@ -6,6 +6,7 @@ be found or executed, 125 for everything that is our failure or the command line
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -185,6 +186,23 @@ class _Run:
         return next((one.record for one in mounting.mounts() if one.entry.mountpoint == self.rootfs), None)
 
     def _unmount(self) -> None:
+        """Unmount, and remove the mountpoint: a daemon that is still busy opening the image cannot mount any more."""
+        from ovlfs.fuse import mounting  # noqa: PLC0415
+
+        while True:
+            if mounting.find_mount(self.rootfs) is not None:
+                self._unmount_one()
+            try:
+                os.rmdir(self.rootfs)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:  # EBUSY: it was mounted just now
+                    raise
+            else:
+                return
+
+    def _unmount_one(self) -> None:
         """Unmount, and wait until everything is on disk; after a killed daemon, do what it would have done.
 
         Raises:
@@ -196,8 +214,6 @@ class _Run:
         from ovlfs.run.supervise import ServerDiedError  # noqa: PLC0415
 
         record = self._record()
-        if mounting.find_mount(self.rootfs) is None:
-            return
         with mounting.watching(record) as daemon:
             try:
                 umount.unmount(self.rootfs, lazy=False)

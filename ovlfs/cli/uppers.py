@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ovlfs.errors import MountError, UsageError, printable
+from ovlfs.fuse import mounting
 
 log = logging.getLogger("ovlfs.uppers")
 
@@ -160,15 +161,18 @@ def _sweep(base: bytes) -> None:
             remove(path)
         except BlockingIOError:
             pass  # it is mounted
-        except OSError as error:
+        except (OSError, MountError) as error:
             # Files of other users of a user namespace: the next run in such a one removes them.
-            log.warning("%s: not removed: %s", printable(path), error.strerror)
+            log.warning("%s: not removed: %s", printable(path), error)
         finally:
             os.close(fd)
 
 
 def remove(path: bytes) -> None:
-    """Remove a directory of ours."""
+    """Remove a directory of ours, if nothing is mounted in it: that would be emptied, too."""
+    below = os.path.realpath(path) + b"/"
+    if any(entry.mountpoint.startswith(below) for entry in mounting.mount_table()):
+        raise MountError(f"{printable(path)}: cannot be removed, something is mounted in it")
     assert shutil.rmtree.avoids_symlink_attacks
     shutil.rmtree(path)
 

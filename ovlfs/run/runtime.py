@@ -102,7 +102,7 @@ class Runtime:
         Deliberate: what execve(2) itself refuses (no interpreter, no format) is 1, as with docker; there the runtime
         has become the command already, and has said so on stderr only.
         """
-        said = self._said() if code != 0 else ""
+        said = self._said() if code == 1 else ""
         if not said:
             return code
         if command not in said:  # "open executable: Permission denied", says crun

@@ -10,17 +10,20 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import processes
 import pytest
 from helpers_run import ENGINES, command_line, engine_environment, holders, make_image, nothing_is_left
 
+from ovlfs.cli import uppers
+from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
+Ovlfs = Callable[..., "subprocess.CompletedProcess[str]"]
 FOREVER = "echo ready; while true; do sleep 0.05; done"
 
 
@@ -323,3 +326,18 @@ def test_interrupt_at_the_terminal_reaches_the_command_once(engine: str, scratch
     finally:
         os.close(terminal.master)
     nothing_is_left(scratch, store())
+
+
+def test_what_is_mounted_is_not_emptied(scratch: Path, image: Path, ovlfs: Ovlfs) -> None:
+    """A temporary directory in which something is (still) mounted stays: rmtree would go on into the mount."""
+    (scratch / "run/rootfs").mkdir(parents=True)
+    ovlfs("mount", "--upper", scratch / "up", image, scratch / "run/rootfs")
+    try:
+        with pytest.raises(MountError, match="something is mounted in it"):
+            uppers.remove(bytes(scratch / "run"))
+        assert (scratch / "run/rootfs/etc").is_dir()
+        assert list((scratch / "up").iterdir()) == []
+    finally:
+        ovlfs("umount", scratch / "run/rootfs")
+    uppers.remove(bytes(scratch / "run"))
+    assert not (scratch / "run").exists()
