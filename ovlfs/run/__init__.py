@@ -11,8 +11,9 @@ Who has a mounted root and wants a command run in it calls three functions:
     from ovlfs.run.process import Overrides
 
     mapping = namespaces.enter()          # once, before mounting; this process must have one thread
-    ...mount the image on ROOTFS...       # nosuid is up to you; `dev` is never needed
-    code = container.run_in(ROOTFS, config, Overrides(argv=("sh", "-c", "make")), mapping=mapping)
+    ...mount the image on ROOTFS...       # nodev; nosuid is up to you
+    code = container.run_in(ROOTFS, config, Overrides(argv=("sh", "-c", "make"), entrypoint=()), mapping=mapping)
 
-The exit code is the command's, 128+n for a signal, 126 and 127 where the command could not be started.
+`entrypoint=()` sets the image's aside.  The exit code is the command's, 128+n for a signal, 126 and 127 where the
+command could not be started.  Who wants nothing left behind even when killed adds supervise.janitor() before mounting.
 """

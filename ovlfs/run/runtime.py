@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ovlfs.errors import MountError, printable
+from ovlfs.fuse import mounting
 from ovlfs.run import namespaces, supervise
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
@@ -138,5 +139,6 @@ def remove_all(state: bytes) -> None:
 
 def _hide_mixed_cgroups() -> None:
     """In our own mount namespace: crun 1 says "cgroups in hybrid mode not supported", also if it shall not use any."""
-    if os.path.ismount(_HYBRID):
+    found = mounting.find_mount(os.fsencode(_HYBRID))
+    if found is not None and found.fstype == b"cgroup2":
         namespaces.mount(b"none", os.fsencode(_HYBRID), b"tmpfs", namespaces.MS_RDONLY)

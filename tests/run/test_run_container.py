@@ -177,7 +177,7 @@ def test_volumes_of_the_image(go: Go, scratch: Path) -> None:
         "target": None,
         "target/t": b"",
     }
-    image = make_image(scratch / "x.tar", config, members)  # type: ignore[arg-type]
+    image = make_image(scratch / "x.tar", config, members)
     script = "cat /data/seed; stat -c '%u %g %a' /data/owned; ls /target; touch /data/n /new/one/n /target/n; touch /n"
     result = go("--read-only", image, "--", "sh", "-c", script, code=1)
     assert result.stdout == "seed\n7 8 4711\nt\n"
