@@ -80,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     from ovlfs.image.store import Store  # noqa: PLC0415
     from ovlfs.run import namespaces, supervise  # noqa: PLC0415
 
+    supervise.settle()
     if args.tty and not os.isatty(0):
         raise UsageError("--tty: stdin is no terminal")
     if args.rm and args.upper is not None:

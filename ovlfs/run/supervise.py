@@ -228,6 +228,20 @@ def _janitor(parent: int, clean_up: Callable[[], None]) -> NoReturn:
         os._exit(0)
 
 
+def settle() -> None:
+    """Start from what a program may expect: 0, 1 and 2 are open, and a child that ends can be waited for.
+
+    Otherwise a descriptor that we open would be taken for stdin by the next program.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    # Python has None for those that were closed when it started.
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
+
+
 def keep_from_commands() -> None:
     """Let no descriptor but 0, 1 and 2 get into a program that we start, also those that our caller left open."""
     for text in os.listdir("/proc/self/fd"):

@@ -104,6 +104,21 @@ def test_stdin_is_passed_on(go: Go, image: Path) -> None:
     assert go(image, "--", "cat", input=sent).stdout == sent
 
 
+def test_closed_descriptors_are_nobodys(go: Go, engine: str, scratch: Path, image: Path) -> None:
+    """Started without stdin, or without any: nothing of ours takes their numbers."""
+    words = command_line(engine, "--upper", "up", image, "--", "sh", "-c", "readlink /proc/self/fd/0 >/n; id -u >>/n")
+    for closed in ("<&-", "<&- >&- 2>&-"):
+        result = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *words],
+            env=engine_environment(engine, scratch), cwd=scratch, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        stdin, uid = (scratch / "up/n").read_text().splitlines()
+        assert stdin == "/dev/null" or (engine == "runc" and stdin.startswith("pipe:")), "runc copies it by a pipe"
+        assert uid == "0"
+    nothing_is_left(scratch, Path(os.environ["OVLFS_STORE"]))
+
+
 def test_a_shell_alone_gets_the_stdin(go: Go, image: Path) -> None:
     assert go("-i", image, input="echo one; exit 4\n", code=4).stdout == "one\n"
 
