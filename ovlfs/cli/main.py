@@ -30,6 +30,8 @@ _VERBS = {
     "ls": "list a directory of an image, without mounting it",
     "cat": "print a file of an image, without mounting it",
     "lesson": "learn overlays on a real one, by predicting what happens",
+    "run": "run a command in an image",
+    "bundle": "make a directory that an OCI runtime can run",
     "version": "print the versions of ovlfs and of what it uses",
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}

@@ -1,10 +1,11 @@
 """Where are the changes of a mount kept?
 
-Three ways:
+Four ways:
 
 * kept for the image: in the store, `uppers/NAME/{upper,work,image.json}`, NAME made of the image's path and tag, so
   that mounting the same image again finds the changes again;
 * `--upper DIR`: where the user says, with a workdir `DIR.work` and a note `DIR.image.json` beside it;
+* `ovlfs run --name NAME`: in the store, `uppers/NAME`, with the volumes of the image beside the upperdir;
 * `--ephemeral`: in the store, `ephemeral/RANDOM/{upper,work}`, removed at unmount; what a killed daemon left is
   removed by the next mount.
 
@@ -22,13 +23,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ovlfs.errors import MountError, printable
+from ovlfs.errors import MountError, UsageError, printable
+from ovlfs.fuse import mounting
 
 if TYPE_CHECKING:
     from ovlfs.image.image import Image
@@ -37,6 +40,7 @@ log = logging.getLogger("ovlfs.uppers")
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_NOTE_BYTES = 1 << 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,25 @@ def workdir_of(upperdir: bytes) -> bytes:
     return beside if name == b"upper" and os.path.isdir(beside) else os.path.join(directory, name + b".work")
 
 
+def named(store: bytes, name: str) -> Place:
+    """Where the changes called `name` are kept."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"name '{printable(name[:200])}' should be letters, digits and any of _.- (at most 128)")
+    place = os.path.join(store, b"uppers", name.encode())
+    _make_private(os.path.join(store, b"uppers"), place)
+    return noted(Place(*_make_pair(place)))
+
+
+def drop(place: Place) -> None:
+    """Remove a place that named() made, with everything beside the upperdir.
+
+    Raises:
+        MountError: it is mounted.
+    """
+    with claimed(place):
+        remove(os.path.dirname(place.upperdir))
+
+
 def _make_private(*paths: bytes) -> None:
     for path in paths:
         with contextlib.suppress(FileExistsError):
@@ -108,7 +131,16 @@ def _make_pair(place: bytes) -> tuple[bytes, bytes]:
 @contextlib.contextmanager
 def ephemeral(store: bytes) -> Iterator[Place]:
     """A new place that is removed at the end of the block."""
-    base = os.path.join(store, b"ephemeral")
+    with temporary(os.path.join(store, b"ephemeral")) as place:
+        yield Place(*_make_pair(place), ephemeral=True)
+
+
+@contextlib.contextmanager
+def temporary(base: bytes) -> Iterator[bytes]:
+    """A new directory in `base` that is removed at the end of the block, or by the next who makes one there.
+
+    It is claimed by a lock that processes forked in the block share: it is theirs until the last of them ends.
+    """
     _make_private(base)
     with _locked(base):  # nobody sweeps the new one before it is claimed
         _sweep(base)
@@ -117,9 +149,9 @@ def ephemeral(store: bytes) -> Iterator[Place]:
         fd = os.open(place, _OPEN_DIRECTORY)
         fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        yield Place(*_make_pair(place), ephemeral=True)
+        yield place
     finally:
-        _remove(place)
+        remove(place)
         os.close(fd)
 
 
@@ -137,14 +169,21 @@ def _sweep(base: bytes) -> None:
         fd = os.open(path, _OPEN_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path)
+            remove(path)
         except BlockingIOError:
             pass  # it is mounted
+        except (OSError, MountError) as error:
+            # Files of other users of a user namespace: the next run in such a one removes them.
+            log.warning("%s: not removed: %s", printable(path), error)
         finally:
             os.close(fd)
 
 
-def _remove(path: bytes) -> None:
+def remove(path: bytes) -> None:
+    """Remove a directory of ours, if nothing is mounted in it: that would be emptied, too."""
+    below = os.path.realpath(path) + b"/"
+    if any(entry.mountpoint.startswith(below) for entry in mounting.mount_table()):
+        raise MountError(f"{printable(path)}: cannot be removed, something is mounted in it")
     assert shutil.rmtree.avoids_symlink_attacks
     shutil.rmtree(path)
 

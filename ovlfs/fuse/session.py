@@ -26,7 +26,7 @@ from ovlfs.fuse import mounting
 from ovlfs.fuse.lane import MAX_WRITE_BYTES, ExtraServer, MountRequest, UnboundOperations, open_and_mount
 from ovlfs.fuse.operations import Operations, requests
 from ovlfs.layer.native import reads_all
-from ovlfs.overlay.owner import DirectOwner
+from ovlfs.overlay.owner import DirectOwner, OverrideOwner
 from ovlfs.overlay.stack import Stack
 
 log = logging.getLogger("ovlfs.fuse")
@@ -155,6 +155,8 @@ def _upper_for_lane(stack: Stack) -> tuple[int, str, bool, bool, bool, bool, boo
     if upper is None:
         return None
     direct = isinstance(upper.owner, DirectOwner)
+    if isinstance(upper.owner, OverrideOwner) and upper.owner.always:
+        return None  # the lane makes objects without the xattr, where they show the right owner by themselves
     return upper.work_fd, upper.prefix.decode("ascii"), direct, direct, upper.devices, stack.volatile, stack.metacopy
 
 

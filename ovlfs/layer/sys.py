@@ -21,6 +21,7 @@ AT_SYMLINK_FOLLOW = 0x400
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
 
 _SYS_OPENAT2 = 437  # the same number on every architecture (added after the tables were unified)
 _CHUNK_BYTES = 3500
@@ -46,8 +47,11 @@ def _fail(path: bytes = b"") -> OSError:
     return OSError(code, os.strerror(code), os.fsdecode(path))
 
 
-def _openat2(dirfd: int, path: bytes, flags: int, mode: int) -> int:
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
+_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+
+
+def _openat2(dirfd: int, path: bytes, flags: int, mode: int, resolve: int = _BENEATH) -> int:
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     while True:
         fd = int(_libc.syscall(_SYS_OPENAT2, dirfd, path, how, ctypes.c_size_t(len(how))))
         if fd >= 0:
@@ -79,6 +83,15 @@ def open_beneath(dirfd: int, path: bytes, flags: int, mode: int = 0) -> int:
         return _openat2(at, path, flags, mode)
     finally:
         os.close(at)
+
+
+def open_in_root(rootfd: int, path: bytes, flags: int) -> int:
+    """Open `path` as a process would whose root is `rootfd`: symlinks and `..` are followed, and never lead out.
+
+    Raises:
+        OSError: as openat2(2); ELOOP also for a magic link (/proc/PID/root, /proc/PID/fd/N).
+    """
+    return _openat2(rootfd, path, flags, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
 
 
 def fd_path(fd: int, name: bytes = b"") -> bytes:

@@ -46,8 +46,8 @@ class TarLayer:
     def __init__(self, index_buffer: "Buffer", fd: int, *, base_offset: int, layer_number: int) -> None:
         """A layer whose tar begins at `base_offset` in `fd`.
 
-        `fd` is borrowed: it must stay open as long as the layer is used; -1: nobody will ask for file data.  `layer_number` makes st_ino unique in the
-        stack; it must be the same at every mount.
+        `fd` is borrowed: it must stay open as long as the layer is used; -1: nobody will ask for file data.
+        `layer_number` makes st_ino unique in the stack; it must be the same at every mount.
 
         Raises:
             OSError: EUCLEAN, the index is damaged.

@@ -84,14 +84,22 @@ class DirectOwner:
 
 
 class OverrideOwner:
-    """Without privileges: everything is an ordinary file or directory of this user."""
+    """Without privileges: everything is an ordinary file or directory of this user.
 
-    def __init__(self) -> None:
+    With `always`, the xattr is written even where the object says the same: in a user namespace our files are root's
+    only as long as we are in it, and shall be root's in the next mount, too.
+
+    Attributes:
+        always: see above; immutable.
+    """
+
+    def __init__(self, *, always: bool = False) -> None:
         self._uid, self._gid = os.geteuid(), os.getegid()
+        self.always = always
 
     def make(self, dirfd: int, name: bytes, attr: NewObject) -> None:  # noqa: D102
         kind = stat.S_IFMT(attr.mode)
-        ours = (attr.uid, attr.gid) == (self._uid, self._gid)
+        ours = (attr.uid, attr.gid) == (self._uid, self._gid) and not self.always
         if kind in (stat.S_IFREG, stat.S_IFDIR) or (ours and kind in (stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK)):
             _make_real(dirfd, name, attr)
         else:
@@ -99,10 +107,9 @@ class OverrideOwner:
 
     def can_set(self, path: bytes, uid: int, gid: int) -> bool:
         """Whether `set` can store this owner: real symlinks, fifos and sockets hold no user.* xattrs."""
-        return stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFDIR) or (uid, gid) == (
-            self._uid,
-            self._gid,
-        )
+        if stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+            return True
+        return not self.always and (uid, gid) == (self._uid, self._gid)
 
     def set(self, path: bytes, mode: int, uid: int, gid: int, *, rdev: int = 0) -> None:  # noqa: D102
         st = os.stat(path)
@@ -114,7 +121,9 @@ class OverrideOwner:
         kind = stat.S_IFMT(mode)
         shown = Override(uid, gid, permissions, kind, rdev)
         st = os.stat(path)
-        if shown == Override(st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode), stat.S_IFMT(st.st_mode)):
+        if not self.always and shown == Override(
+            st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode), stat.S_IFMT(st.st_mode)
+        ):
             if OVERRIDE_XATTR in map(os.fsencode, os.listxattr(path)):
                 os.removexattr(path, OVERRIDE_XATTR)
         else:

@@ -42,6 +42,8 @@ class Params:
         volatile: nothing is ever synced.
         volatile_mark: a volatile mount leaves a mark that forbids using the upperdir after a crash.
         xattr_permissions: 2: owners are kept in user.containers.override_stat; 0: never; None: where needed.
+        override_always: with 2, also where the object itself says the same: for who shows it in a user namespace, where
+            ids mean something else than outside.
         oci_whiteouts: `.wh.` names in lower directories are whiteouts, as in an unpacked OCI layer.
         read_only: nothing can be changed, even with an upperdir.
         acl: POSIX ACLs are honoured.
@@ -59,6 +61,7 @@ class Params:
     volatile: bool = False
     volatile_mark: bool = True
     xattr_permissions: int | None = None
+    override_always: bool = False
     oci_whiteouts: bool = True
     read_only: bool = False
     acl: bool = True

@@ -180,7 +180,7 @@ def _open_upper(params: Params, inos: InoMap) -> tuple[Upper, bool]:
         params.xattr_permissions is None and not existing and owner.probe(work_fd, b"#owner")
     )
     layer.override = not direct
-    strategy: owner.Owner = owner.DirectOwner() if direct else owner.OverrideOwner()
+    strategy: owner.Owner = owner.DirectOwner() if direct else owner.OverrideOwner(always=params.override_always)
     return Upper(layer, work_fd, layer.prefixes[0], strategy), userxattr
 
 
