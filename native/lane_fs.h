@@ -75,6 +75,7 @@ struct ovl_lane_fs {
 	size_t forgotten;                        /* protected by gate.change; since the last ovl_tree_trim */
 	uint32_t uid, gid;                       /* ours; immutable */
 	bool selinux;                            /* the machine has it; immutable */
+	struct ovl_lane_trace *trace;            /* who is told of decisions, or NULL; borrowed; immutable */
 };
 
 /* One request.  `body` is what follows the header: whole, but not believed. */
