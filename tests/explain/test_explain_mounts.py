@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers_explain import Run, assert_all_agree, explained, hidden_of, layer_of, paths_of, seen, told
+from helpers_random import populate, random_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stacks import Content, Dialect, as_directory, stacks
@@ -353,13 +354,32 @@ def test_a_layer_that_was_changed_behind_the_mount_is_noticed(scratch: Path, mou
 # ---- random stacks ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("by", ["ovlfs", pytest.param("kernel", marks=pytest.mark.root)])
+def test_what_random_operations_leave_is_explained(by: str, seed: int, scratch: Path, mounted: Mount) -> None:
+    """Our own upperdir, or the kernel's, after this and that: copy-ups, renames, exchanges, links, removals."""
+    l2, l1 = lowers = directories(scratch, "l2", "l1")
+    populate(l2, seed)
+    populate(l1, seed + 100)
+    words = options(lowers, scratch)
+    if by == "kernel":
+        more = ",redirect_dir=on,metacopy=on"
+        kernel_overlay(scratch, words + more, lambda mountpoint: random_run(mountpoint, seed, 120))
+        mountpoint = mounted("-o", words)
+    else:
+        mountpoint = mounted("-o", words)
+        random_run(mountpoint, seed, 120)
+
+    assert_all_agree(mountpoint, paths_of(l2, l1, scratch / "upper", mountpoint))
+
+
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stacks, st.sampled_from(["oci", "xattr", "kernel"]))
+@given(stacks, st.sampled_from(["oci", "xattr", "kernel"]), st.booleans())
 def test_random_stacks_are_explained_as_they_are_mounted(
-    scratch: Path, ovlfs: Run, contents: list[Content], dialect: Dialect
+    scratch: Path, ovlfs: Run, contents: list[Content], dialect: Dialect, writable: bool
 ) -> None:
-    """The mount answers by the tree in C, explain by the reference."""
+    """The mount answers by the tree in C, explain by the reference.  `writable`: the topmost layer is the upperdir."""
     if dialect == "kernel" and os.geteuid() != 0:
         dialect = "xattr"
     base = Path(tempfile.mkdtemp(dir=scratch))
@@ -369,7 +389,12 @@ def test_random_stacks_are_explained_as_they_are_mounted(
     mountpoint = base / "mnt"
     mountpoint.mkdir()
     lowers = [base / f"l{number}" for number in range(len(contents))]
-    ovlfs("mount", "-o", options(lowers, base, ",userxattr" if dialect == "xattr" else ""), mountpoint)
+    if writable and dialect != "oci" and len(lowers) > 1:
+        (base / "work").mkdir()
+        words = f"lowerdir={':'.join(map(str, lowers[1:]))},upperdir={lowers[0]},workdir={base}/work"
+    else:
+        words = options(lowers, base)
+    ovlfs("mount", "-o", words + (",userxattr" if dialect == "xattr" else ""), mountpoint)
     try:
         assert_all_agree(mountpoint, {*paths_of(*lowers), *(path for content in contents for path in content)})
     finally:
