@@ -71,7 +71,6 @@ struct ovl_lane_fs {
 	atomic_bool passthrough, killpriv, no_opendir;
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
-	atomic_uint_fast64_t copied_files, copied_bytes; /* copied up here */
 	size_t forgotten;                        /* protected by gate.change; since the last ovl_tree_trim */
 	uint32_t uid, gid;                       /* ours; immutable */
 	bool selinux;                            /* the machine has it; immutable */

@@ -14,8 +14,8 @@ upperdir), `layers` says what they are called.  Its keys are stable; there may b
                       rule, because, room, size, redirect}, in the order of asking), not_asked ({layers, asked, by,
                       redirected})
     hidden            what other layers have: {layers, path, kind, size, by}
-    write             what opening it for writing would do: {read_only, in_place, upper, directories, temp, size_bytes,
-                      data_bytes, metadata_alone, names}; with `creates`: what making it would do; or null
+    write             what opening it for writing would do: {read_only, in_place, upper, directories, completes, steps,
+                      size_bytes, data_bytes, metadata_alone, names}; with `creates`: what making it would do; or null
     layers            {layer, name, data_only, where, diff_id, created_by}
     notes             what else there is to know
 """

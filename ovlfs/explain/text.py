@@ -171,13 +171,14 @@ def _write(facts: Facts, layers: dict[int, Facts]) -> list[str]:
     if found["kind"] == "directory":
         return [f"{begin}making a name in it would first make {where}, without its content  [copy_up]", *first]
     if found["kind"] != "regular file":
-        return [f"{begin}would copy up the {found['kind']} to {where} via {would['temp']}  [copy_up]", *first]
+        return [f"{begin}would copy up the {found['kind']} to {where} via workdir/work  [copy_up]", *first]
     holes = "" if would["data_bytes"] == would["size_bytes"] else f" (of {would['size_bytes']}, the rest is holes)"
     data = f"{_bytes(would['data_bytes'])}{holes}"
-    if would["temp"] is None:
+    steps = f"in this order: {', '.join(would['steps'])}"
+    if would["completes"]:
         source = layers[found["data_from"]]["name"]
-        return [f"{begin}would copy {data} from {source} into {where}, which has the metadata  [copy_up]"]
-    lines = [f"{begin}would copy up {data} to {where} via {would['temp']}  [copy_up]", *first]
+        return [f"{begin}would copy {data} from {source} into {where}, which has the metadata  [copy_up]", steps]
+    lines = [f"{begin}would copy up {data} to {where} via workdir/work  [copy_up]", *first, steps]
     if len(would["names"]) > 1:
         names = [f"upper/{name}" for name in would["names"][:_NAMES]]
         more = len(would["names"]) - len(names)

@@ -1,7 +1,7 @@
 """What would a change of this object do to the upperdir?
 
 The questions that copy_up.py asks before it does anything, asked without doing it: which ancestors are missing in the
-upperdir, how much data there is to copy, under which names the copy will appear, and which temporary name comes next.
+upperdir, how much data there is to copy, and under which names the copy will appear.
 
 Kernel: fs/overlayfs/copy_up.c: ovl_copy_up_flags(), as far as it only looks.
 """
@@ -23,7 +23,8 @@ class Plan:
     Attributes:
         in_place: nothing: the upperdir has the object, with its data.
         directories: paths of the ancestors that get an upper object before, topmost first.
-        temp: the name in workdir under which the object is made; None: an upper object is completed in its place.
+        steps: what is done, in this order (copy_up.py, native/lane_copy_up.c).
+        completes: there is an upper object, which gets its data in its place; else a temporary one is made in workdir.
         size_bytes: how long the copied file is; 0 for what is no regular file.
         data_bytes: how much of that is copied, holes left out, when it is opened for writing.
         metadata_alone: a chmod, chown, rename or link copies no data.
@@ -32,7 +33,8 @@ class Plan:
 
     in_place: bool
     directories: tuple[bytes, ...] = ()
-    temp: Name | None = None
+    steps: tuple[str, ...] = ()
+    completes: bool = False
     size_bytes: int = 0
     data_bytes: int = 0
     metadata_alone: bool = True
@@ -57,18 +59,25 @@ def plan(stack: Stack, inode: Inode) -> Plan:
     for parent, _ in _names(stack, inode)[1:]:
         missing += [one for one in copy_up.missing(stack, parent) if one.nodeid != ROOT_NODEID]
     directories = [stack.tree.path(one.nodeid) or b"" for one in missing if not one.upper]
-    temp = None
-    if not inode.upper:
-        temp = Name(b"#1") if stack.upper is None else stack.upper.next_temp
+    data_bytes = _data_bytes(stack, inode) if regular and inode.attr.size else 0
     return Plan(
         in_place=False,
         directories=tuple(dict.fromkeys(directories)),
-        temp=temp,
+        steps=_steps(stack, inode, data_bytes),
+        completes=inode.upper,
         size_bytes=inode.attr.size if regular else 0,
-        data_bytes=_data_bytes(stack, inode) if regular and inode.attr.size else 0,
+        data_bytes=data_bytes,
         metadata_alone=not copy_up.need_data(stack, inode),
         names=tuple(names),
     )
+
+
+def _steps(stack: Stack, inode: Inode, data_bytes: int) -> tuple[str, ...]:
+    sync = ("fsync",) if data_bytes and not stack.volatile else ()
+    if inode.upper:
+        return ("data", *sync, "overlay.metacopy goes")
+    data = ("data",) if data_bytes else ()
+    return (*data, "owner and mode", "xattrs", "overlay.origin", "times", *sync, "into its place, in one step")
 
 
 def _names(stack: Stack, inode: Inode) -> list[tuple[Inode, Name]]:

@@ -64,11 +64,6 @@ class Upper:
         self._counter += 1
         return Name(b"#%x" % self._counter)
 
-    @property
-    def next_temp(self) -> Name:
-        """What temp_name() will give."""
-        return Name(b"#%x" % (self._counter + 1))
-
     def temp_path(self, temp: Name) -> bytes:
         """A path of a temporary object, not to be followed."""
         return sys.fd_path(self.work_fd, temp)
