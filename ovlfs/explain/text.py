@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from ovlfs.explain.layers import instruction
+
 Facts = dict[str, Any]
 Row = tuple[str, str, str, str]
 """Name, who, what it says, what that means."""
@@ -76,11 +78,8 @@ def _digest(digest: str) -> str:
 
 
 def _short(line: str) -> str:
-    """A line of history as the Dockerfile has it, shortened.  docker's old builder wrote the shell's call."""
-    if line.startswith("/bin/sh -c #(nop) "):
-        line = line.removeprefix("/bin/sh -c #(nop) ").strip()
-    elif line.startswith("/bin/sh -c "):
-        line = f"RUN {line.removeprefix('/bin/sh -c ').strip()}"
+    """A line of history as the Dockerfile has it, shortened."""
+    line = instruction(line).strip()
     return line if len(line) <= _SHORT else line[: _SHORT - 3] + "..."
 
 
