@@ -106,6 +106,7 @@ size_t ovl_lane_name(const unsigned char *text, size_t size);
 /* lane_file.c */
 int ovl_lane_files_init(struct ovl_lane_files *files);
 void ovl_lane_files_destroy(struct ovl_lane_fs *fs);
+size_t ovl_lane_files_count(struct ovl_lane_fs *fs); /* how many are open */
 enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask);
 

@@ -166,6 +166,12 @@ void ovl_lane_trace_answer(struct ovl_lane_trace *trace, const unsigned char *me
 		memcpy(&record.number, answer->body, sizeof(record.number)); /* struct fuse_entry_out begins with it */
 	if (record.number && trace->layer_of)
 		record.layer = trace->layer_of(trace->layer_arg, record.number);
+	if (header.opcode == FUSE_BATCH_FORGET && size >= sizeof(header) + sizeof(struct fuse_batch_forget_in)) {
+		struct fuse_batch_forget_in in;
+
+		memcpy(&in, message + sizeof(header), sizeof(in));
+		record.number = in.count;
+	}
 	take_name(&record, message + sizeof(header), size - sizeof(header));
 	put(trace, &record);
 }

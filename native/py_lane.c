@@ -345,6 +345,15 @@ static PyObject *lane_extra_fd(PyObject *object, void *Py_UNUSED(closure))
 	return lane ? PyLong_FromLong(ovl_lane_extra_fd(lane)) : NULL;
 }
 
+static PyObject *lane_open_files(PyObject *object, void *Py_UNUSED(closure))
+{
+	struct lane_object *self = (struct lane_object *)object;
+
+	if (!get(object))
+		return NULL;
+	return PyLong_FromSize_t(self->fs ? ovl_lane_files_count(self->fs) : 0);
+}
+
 static PyObject *lane_end_reason(PyObject *object, void *Py_UNUSED(closure))
 {
 	struct ovl_lane *lane = get(object);
@@ -366,6 +375,7 @@ static PyMethodDef lane_methods[] = {
 static PyGetSetDef lane_getset[] = {
 	{"ended_fd", lane_ended_fd, NULL, "Readable once no request will come any more.", NULL},
 	{"extra_fd", lane_extra_fd, NULL, "Readable while an extra request waits.", NULL},
+	{"open_files", lane_open_files, NULL, "How many files are open that the lane opened itself.", NULL},
 	{"end_reason", lane_end_reason, NULL, "The errno that ended it; 0: unmounted, aborted or stopped.", NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };

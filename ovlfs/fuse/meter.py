@@ -31,6 +31,10 @@ class Lane(Protocol):
     def stats(self) -> tuple[dict[int, tuple[int, int, int]], dict[str, int]]:
         """({opcode: (forwarded, extra, answered)}, {what: number})."""
 
+    @property
+    def open_files(self) -> int:
+        """How many files it has open for clients."""
+
 
 class Trace(Protocol):
     """What is told of native answers (_native.Trace): latencies always, records between start and stop."""
@@ -152,7 +156,7 @@ def stats(stack: Stack, meter: Meter, lane: Lane | None, trace: Trace, open_file
             "inodes": inodes,
             "merged_directories": merged,
             "names": names,
-            "open_files": open_files,
+            "open_files": open_files + (0 if lane is None else lane.open_files),
         },
         "memory": _memory(),
         "decisions": dict(sorted(decisions.items())),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _RING_RECORDS = 16384
 """5 MiB, while somebody listens."""
 _PENDING_MAX = 16384
+_KNOWN_MAX = 65536
+"""Paths of inodes that were seen: one that is forgotten has none any more."""
 _QUEUE_MAX = 16384
 _EVERY_S = 0.05
 _BATCH = 256
@@ -144,6 +146,7 @@ class _Tracing:
         self._listeners: list[_Listener] = []
         self._pending: list[tuple[int, Message]] = []  # (time.monotonic_ns, event)
         self._dropped = 0
+        self._known: dict[int, str] = {}  # by nodeid; while somebody listens
 
     @property
     def listeners(self) -> int:
@@ -178,6 +181,7 @@ class _Tracing:
         self._watch.operations.meter.watcher = None
         self._watch.trace.stop()
         self._pending.clear()
+        self._known.clear()
         self._dropped = 0
 
     def _collect(self) -> None:
@@ -274,7 +278,11 @@ class _Tracing:
             detail = printable(name)
         elif name:
             path = _join(path, printable(name))
+        if operation == "BATCH_FORGET":
+            path, detail = "", f"{number} inodes"
         if operation == "LOOKUP" and not error:
+            if number:
+                self._remember(number, path)
             detail = self._served(number) if layer < 0 else self._watch.stack.name_of(layer)
         return _event("lane", operation, path, detail, took_ns, error)
 
@@ -292,9 +300,15 @@ class _Tracing:
             path = None if nodeid is None else self._watch.stack.tree.path(NodeId(nodeid))
         except OSError:
             path = None
-        if path is None:
-            return "?" if nodeid is None else f"#{nodeid}"
-        return "/" + printable(path)
+        if nodeid is None:
+            return "?"
+        return self._known.get(nodeid, f"#{nodeid}") if path is None else self._remember(nodeid, "/" + printable(path))
+
+    def _remember(self, nodeid: int, path: str) -> str:
+        if len(self._known) >= _KNOWN_MAX:
+            self._known.clear()
+        self._known[nodeid] = path
+        return path
 
     def _inode(self, nodeid: int) -> Inode | None:
         try:

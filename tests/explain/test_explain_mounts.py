@@ -194,6 +194,12 @@ def test_what_the_kernel_wrote_is_explained_as_the_mount_shows_it(place: str, sc
     ]
     moved = explained(mountpoint, "/dir/as")["object"]
     assert moved["metacopy"]
+    if place == "lower":  # a metacopy over a metacopy: the metadata of one, the data of the other's file
+        (mountpoint / "meta").chmod(0o644)
+        assert_all_agree(mountpoint, ["meta"])
+        above = explained(mountpoint, "/meta")
+        assert [layer_of(above, n) for n in above["object"]["from"]] == ["upper", "layer 1"]
+        assert hidden_of(above) == [([name], "/meta", "the regular file in upper")]
     assert explained(mountpoint, "/fresh/old")["reason"] == f"hidden by the opaque directory fresh in {name}"
     assert explained(mountpoint, "/removed")["reason"] == f"whited out in {name}"
 

@@ -41,6 +41,7 @@ def test_requests_are_counted_by_name_and_by_who_answered(lane: bool, words: str
         (mountpoint / "d").mkdir()
     with (mountpoint / "d/file2").open("ab") as file:
         file.write(b"more")
+        assert numbers(ovlfs, mountpoint)["caches"]["open_files"] == 1
 
     after = numbers(ovlfs, mountpoint)
 

@@ -110,6 +110,19 @@ def test_text_shows_time_who_what_and_where(words: str, ovlfs: Run, mounted: Mou
     assert [line.split()[5:] for line in lines] == [["/d", "layer", "2"], ["/d/gone", "layer", "1"], ["/d/gone"]]
 
 
+def test_what_is_forgotten_keeps_its_name(words: str, ovlfs: Run, mounted: Mount) -> None:
+    """An inode that the kernel has forgotten has no path any more; but it was seen before."""
+    mountpoint = mounted("-o", words)
+    with tracing(mountpoint, "--filter", "op=forget,op=unlink") as process:
+        os.stat(mountpoint / "d/gone")
+        (mountpoint / "d/gone").unlink()
+        lines = ended(process, lambda: ovlfs("umount", mountpoint))
+
+    unlink, *forget = [line.split() for line in lines]
+    assert (unlink[2], unlink[5]) == ("UNLINK", "/d/gone")
+    assert [(line[2].lower(), line[5]) for line in forget][:1] == [("forget", "/d/gone")]
+
+
 def test_an_interrupt_ends_it(words: str, mounted: Mount) -> None:
     mountpoint = mounted("-o", words)
     with tracing(mountpoint) as process:
