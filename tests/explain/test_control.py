@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from helpers_explain import Run, explained
-from processes import described, is_running, wait_until
+from processes import is_running, wait_until
+
+from ovlfs.fuse.client import find
 
 pytestmark = pytest.mark.fuse
 
@@ -60,7 +62,9 @@ def test_the_socket_is_private_and_goes_with_the_mount(mountpoint: Path, ovlfs: 
 
 def test_what_a_killed_daemon_left_is_swept_by_the_next_mount(mountpoint: Path, ovlfs: Run) -> None:
     (left,) = sockets()
-    pid = int(described(ovlfs("mounts", "--json").stdout, mountpoint)["pid"])
+    record = find(bytes(mountpoint)).record
+    assert record is not None
+    pid = record.pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_running(pid), "the daemon is gone")
     assert "its daemon is gone" in ovlfs("stats", mountpoint, code=1).stderr
