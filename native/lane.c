@@ -11,6 +11,7 @@
 #endif
 #include "lane.h"
 #include "gate.h"
+#include "lane_trace.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -80,6 +81,7 @@ struct ovl_lane {
 
 	unsigned char *reply;   /* the writer's; buffer_bytes */
 	struct ovl_lane_native native; /* immutable; .answer NULL: nothing is answered natively */
+	struct ovl_lane_trace *trace;  /* immutable; borrowed */
 
 	struct ovl_lane_reader readers[OVL_LANE_READERS]; /* protected by lock: which there are */
 	size_t reader_count;                     /* protected by lock */
@@ -586,6 +588,7 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	struct fuse_out_header header;
 	struct iovec parts[2];
 	enum ovl_lane_verdict verdict;
+	uint64_t began_ns = ovl_lane_trace_began(lane->trace);
 
 	answer.room = lane->buffer_bytes - sizeof(struct fuse_out_header);
 	memcpy(&request, reader->request, sizeof(request));
@@ -604,6 +607,8 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	}
 	if (answer.looking)
 		ovl_gate_looked(lane->native.gate);
+	if (verdict != OVL_LANE_PASS)
+		ovl_lane_trace_answer(lane->trace, reader->request, size, &answer, began_ns);
 	return verdict != OVL_LANE_PASS;
 }
 
@@ -986,6 +991,7 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	lane->last = &lane->first;
 	lane->last_note = &lane->note;
 	lane->native = config->native;
+	lane->trace = config->trace;
 	pthread_mutex_init(&lane->lock, NULL);
 	pthread_cond_init(&lane->room, NULL);
 	pthread_cond_init(&lane->noted, NULL);

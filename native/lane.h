@@ -74,6 +74,7 @@ typedef int ovl_err_t;
 #define OVL_LANE_MESSAGE_MAX 73728u   /* bytes of the largest message through the socket: an xattr, names, headers */
 
 struct ovl_lane;
+struct ovl_lane_trace; /* lane_trace.h */
 
 enum ovl_lane_verdict {
 	OVL_LANE_PASS,     /* on, as if there were no native part; the message can have become shorter */
@@ -130,6 +131,7 @@ struct ovl_lane_config {
 	size_t queue_bytes;   /* the reader waits when the queue holds so much */
 	size_t queue_count;   /* or so many requests */
 	struct ovl_lane_native native; /* .answer NULL: nothing is answered natively */
+	struct ovl_lane_trace *trace;  /* borrowed; told of native answers; may be NULL */
 };
 
 /* One EXTRA request.  `message` starts with struct fuse_in_header, whose len is `size`. */

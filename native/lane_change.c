@@ -23,6 +23,7 @@
 #define _GNU_SOURCE
 #endif
 #include "lane_fs.h"
+#include "lane_trace.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -450,6 +451,8 @@ static enum ovl_lane_verdict make(struct ovl_lane_ask *ask, const uint8_t *name,
 		unlinkat(at.dir->fd, at.name, S_ISDIR(mode) ? AT_REMOVEDIR : 0);
 		return done(ask, err);
 	}
+	if (what.opaque)
+		ovl_lane_trace_told(fs->trace, OVL_TRACE_OPAQUE, at.dir->nodeid, at.bytes, at.len, 0, 0);
 	ovl_lane_fill_entry(&entry, &out);
 	ovl_lane_put(ask->answer, &out, sizeof(out));
 	return done(ask, 0);
@@ -616,6 +619,7 @@ static enum ovl_lane_verdict take_away(struct ovl_lane_ask *ask, bool is_dir)
 	size_t len = ovl_lane_name(ask->body, ask->size);
 	struct ovl_ask asked;
 	struct place at;
+	uint64_t began_ns;
 	bool below;
 	ovl_err_t err;
 	int held;
@@ -637,6 +641,7 @@ static enum ovl_lane_verdict take_away(struct ovl_lane_ask *ask, bool is_dir)
 	held = hold_last(fs, &at);
 	if (held < 0 && at.child.upper && at.child.name_count == 1 && ovl_tree_orphan(fs->tree, at.child.entry.nodeid) < 0)
 		return pass(ask);
+	began_ns = ovl_lane_trace_began(fs->trace);
 	if (below) {
 		err = put_whiteout(fs, &at, at.child.upper);
 	} else {
@@ -649,6 +654,8 @@ static enum ovl_lane_verdict take_away(struct ovl_lane_ask *ask, bool is_dir)
 			close(held);
 		return err > 0 ? pass(ask) : done(ask, err);
 	}
+	if (below)
+		ovl_lane_trace_told(fs->trace, OVL_TRACE_WHITEOUT, at.dir->nodeid, at.bytes, at.len, 0, began_ns);
 	err = ovl_tree_remove(fs->tree, at.dir->nodeid, at.bytes, at.len, &asked);
 	lost_name(fs, &at, held);
 	refresh_dir(fs, at.dir);
@@ -676,6 +683,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	struct ovl_entry entry;
 	struct ovl_ask asked;
 	size_t len, new_len;
+	uint64_t began_ns;
 	unsigned flags = 0;
 	bool below;
 	int fd, held = -1;
@@ -715,6 +723,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 			return pass(ask);
 		flags = RENAME_WHITEOUT;
 	}
+	began_ns = ovl_lane_trace_began(fs->trace);
 	fd = openat(from.dir->fd, from.name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	if (fd < 0)
 		return pass(ask);
@@ -735,6 +744,10 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 			close(held);
 		return pass(ask);
 	}
+	if (flags)
+		ovl_lane_trace_told(fs->trace, OVL_TRACE_WHITEOUT, from.dir->nodeid, from.bytes, from.len, 0, began_ns);
+	ovl_lane_trace_told(fs->trace, OVL_TRACE_RENAME, from.dir->nodeid, ask->body + head, len + 1 + new_len,
+			    in.newdir, began_ns);
 	err = ovl_tree_move(fs->tree, from.dir->nodeid, from.bytes, from.len, to.dir->nodeid, to.bytes, to.len, &asked);
 	if (to.child.entry.nodeid)
 		lost_name(fs, &to, held);

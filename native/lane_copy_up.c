@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #endif
 #include "lane_fs.h"
+#include "lane_trace.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -246,6 +247,7 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 	struct stat st;
 	uint64_t size;
 	size_t count;
+	uint64_t began_ns = ovl_lane_trace_began(fs->trace);
 	bool metacopy;
 	int fd = -1;
 	ovl_err_t err = OVL_ASK;
@@ -282,8 +284,7 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 	err = ovl_tree_set_upper(fs->tree, nodeid, st.st_ino, metacopy);
 	if (!err)
 		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
-	atomic_fetch_add_explicit(&fs->copied_files, 1, memory_order_relaxed);
-	atomic_fetch_add_explicit(&fs->copied_bytes, metacopy ? 0 : size, memory_order_relaxed);
+	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, NULL, 0, metacopy ? 0 : size, began_ns);
 out:
 	if (fd >= 0)
 		close(fd);

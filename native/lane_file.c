@@ -164,6 +164,18 @@ void ovl_lane_file_put(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
 	pthread_mutex_unlock(&fs->files.lock);
 }
 
+size_t ovl_lane_files_count(struct ovl_lane_fs *fs)
+{
+	struct ovl_lane_files *files = &fs->files;
+	size_t count = 0;
+
+	pthread_mutex_lock(&files->lock);
+	for (size_t i = 0; i < files->slot_count; i++)
+		count += files->slots[i] != NULL;
+	pthread_mutex_unlock(&files->lock);
+	return count;
+}
+
 void ovl_lane_files_destroy(struct ovl_lane_fs *fs)
 {
 	struct ovl_lane_files *files = &fs->files;

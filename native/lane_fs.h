@@ -71,10 +71,10 @@ struct ovl_lane_fs {
 	atomic_bool passthrough, killpriv, no_opendir;
 	struct ovl_lane_dir dirs[OVL_LANE_DIRS]; /* protected by gate.change */
 	unsigned next_dir, next_temp;            /* protected by gate.change */
-	atomic_uint_fast64_t copied_files, copied_bytes; /* copied up here */
 	size_t forgotten;                        /* protected by gate.change; since the last ovl_tree_trim */
 	uint32_t uid, gid;                       /* ours; immutable */
 	bool selinux;                            /* the machine has it; immutable */
+	struct ovl_lane_trace *trace;            /* who is told of decisions, or NULL; borrowed; immutable */
 };
 
 /* One request.  `body` is what follows the header: whole, but not believed. */
@@ -106,6 +106,7 @@ size_t ovl_lane_name(const unsigned char *text, size_t size);
 /* lane_file.c */
 int ovl_lane_files_init(struct ovl_lane_files *files);
 void ovl_lane_files_destroy(struct ovl_lane_fs *fs);
+size_t ovl_lane_files_count(struct ovl_lane_fs *fs); /* how many are open */
 enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask);
 enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask);
 

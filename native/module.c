@@ -14,6 +14,7 @@ static int (*const parts[])(PyObject *module) = {
 	ovl_add_index,
 	ovl_add_lane,
 	ovl_add_tree,
+	ovl_add_trace,
 };
 
 PyObject *ovl_raise(ovl_err_t err)
@@ -41,6 +42,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 	Py_VISIT(state->index_type);
 	Py_VISIT(state->tree_type);
 	Py_VISIT(state->inode_type);
+	Py_VISIT(state->trace_type);
 	return 0;
 }
 
@@ -53,6 +55,7 @@ static int module_clear(PyObject *module)
 	Py_CLEAR(state->index_type);
 	Py_CLEAR(state->tree_type);
 	Py_CLEAR(state->inode_type);
+	Py_CLEAR(state->trace_type);
 	return 0;
 }
 

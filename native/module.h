@@ -20,6 +20,7 @@ struct ovl_module_state {
 	PyTypeObject *index_type;      /* Index */
 	PyTypeObject *tree_type;       /* Tree */
 	PyTypeObject *inode_type;      /* Inode */
+	PyTypeObject *trace_type;      /* Trace */
 };
 
 static inline struct ovl_module_state *ovl_module_state(PyObject *module)
@@ -31,6 +32,7 @@ int ovl_add_tarscan(PyObject *module);
 int ovl_add_index(PyObject *module);
 int ovl_add_lane(PyObject *module);
 int ovl_add_tree(PyObject *module);
+int ovl_add_trace(PyObject *module);
 
 /* The C index inside an Index object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything
  * else. */
@@ -39,6 +41,10 @@ const struct ovl_index *ovl_index_from_object(PyObject *module, PyObject *object
 /* The live tree inside a Tree object: borrowed, valid as long as `object` is.  NULL with TypeError set for anything else. */
 struct ovl_tree;
 struct ovl_tree *ovl_tree_from_object(PyObject *module, PyObject *object);
+
+/* The trace inside a Trace object, likewise. */
+struct ovl_lane_trace;
+struct ovl_lane_trace *ovl_trace_from_object(PyObject *module, PyObject *object);
 
 /* Sets the Python exception for an ovl_err_t: MemoryError, or OSError with the errno.  Returns NULL. */
 PyObject *ovl_raise(ovl_err_t err);

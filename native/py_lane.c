@@ -20,6 +20,7 @@ struct lane_object {
 	struct ovl_lane *lane;
 	struct ovl_lane_fs *fs; /* owned; NULL: nothing is answered natively */
 	PyObject *tree;         /* owned; what `fs` answers from */
+	PyObject *trace;        /* owned, or NULL */
 	Py_ssize_t users;
 };
 
@@ -101,18 +102,23 @@ static struct ovl_lane_fs *make_fs(PyTypeObject *type, PyObject *tree, PyObject 
 static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count",
-				"tree", "upper", "no_open", "passthrough", NULL};
+				"tree", "upper", "no_open", "passthrough", "trace", NULL};
 	struct ovl_lane_config config = {.dev_fd = -1, .session_fd = -1};
 	Py_ssize_t max_write = 1 << 20, bytes = 16 << 20, count = 256;
-	PyObject *tree = Py_None, *upper = Py_None;
+	PyObject *tree = Py_None, *upper = Py_None, *trace = Py_None;
 	int no_open = 0, passthrough = 0;
 	struct ovl_lane_fs *fs = NULL;
 	struct lane_object *self;
 	ovl_err_t err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnOOpp:Lane", names, &config.dev_fd, &config.session_fd,
-					 &max_write, &bytes, &count, &tree, &upper, &no_open, &passthrough))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnOOppO:Lane", names, &config.dev_fd, &config.session_fd,
+					 &max_write, &bytes, &count, &tree, &upper, &no_open, &passthrough, &trace))
 		return NULL;
+	if (trace != Py_None) {
+		config.trace = ovl_trace_from_object(PyType_GetModule(type), trace);
+		if (!config.trace)
+			return NULL;
+	}
 	if (tree != Py_None) {
 		fs = make_fs(type, tree, upper, config.dev_fd, no_open, passthrough);
 		if (!fs)
@@ -126,6 +132,8 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 			.arg = fs,
 		};
 	}
+	if (fs)
+		fs->trace = config.trace;
 	config.max_write = max_write < 0 ? 0 : (size_t)max_write;
 	config.queue_bytes = bytes < 0 ? 0 : (size_t)bytes;
 	config.queue_count = count < 0 ? 0 : (size_t)count;
@@ -149,6 +157,10 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 		self->tree = tree;
 		self->fs = fs;
 	}
+	if (trace != Py_None) {
+		Py_INCREF(trace);
+		self->trace = trace;
+	}
 	return (PyObject *)self;
 }
 
@@ -160,6 +172,7 @@ static void lane_dealloc(PyObject *object)
 	if (self->lane)
 		lane_end(self->lane, self->fs);
 	Py_CLEAR(self->tree);
+	Py_CLEAR(self->trace);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
@@ -179,6 +192,7 @@ static PyObject *lane_close(PyObject *object, PyObject *Py_UNUSED(unused))
 	if (lane)
 		lane_end(lane, fs);
 	Py_CLEAR(self->tree);
+	Py_CLEAR(self->trace);
 	Py_RETURN_NONE;
 }
 
@@ -331,6 +345,15 @@ static PyObject *lane_extra_fd(PyObject *object, void *Py_UNUSED(closure))
 	return lane ? PyLong_FromLong(ovl_lane_extra_fd(lane)) : NULL;
 }
 
+static PyObject *lane_open_files(PyObject *object, void *Py_UNUSED(closure))
+{
+	struct lane_object *self = (struct lane_object *)object;
+
+	if (!get(object))
+		return NULL;
+	return PyLong_FromSize_t(self->fs ? ovl_lane_files_count(self->fs) : 0);
+}
+
 static PyObject *lane_end_reason(PyObject *object, void *Py_UNUSED(closure))
 {
 	struct ovl_lane *lane = get(object);
@@ -352,12 +375,13 @@ static PyMethodDef lane_methods[] = {
 static PyGetSetDef lane_getset[] = {
 	{"ended_fd", lane_ended_fd, NULL, "Readable once no request will come any more.", NULL},
 	{"extra_fd", lane_extra_fd, NULL, "Readable while an extra request waits.", NULL},
+	{"open_files", lane_open_files, NULL, "How many files are open that the lane opened itself.", NULL},
 	{"end_reason", lane_end_reason, NULL, "The errno that ended it; 0: unmounted, aborted or stopped.", NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot lane_slots[] = {
-	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree, upper, no_open, passthrough)\n--\n\n"
+	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree, upper, no_open, passthrough, trace)\n--\n\n"
 		    "Stands between /dev/fuse and those who answer; owns both descriptors."},
 	{Py_tp_new, (void *)lane_new},
 	{Py_tp_dealloc, (void *)lane_dealloc},

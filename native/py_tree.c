@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lane_trace.h"
 #include "module.h"
 #include "tree.h"
 
@@ -34,6 +35,7 @@ struct tree {
 	PyObject *resolve_name;  /* ovlfs.layer.tree.resolve_name */
 	PyObject *merge_names;   /* ovlfs.layer.merge.names */
 	PyObject *devices;       /* ovlfs.layer.native.devices */
+	PyObject *trace;         /* who is told of merges, or NULL */
 	Py_ssize_t device_count; /* how many of them the core was told */
 };
 
@@ -582,6 +584,7 @@ static int tree_traverse(PyObject *object, visitproc visit, void *arg)
 	Py_VISIT(self->resolve_name);
 	Py_VISIT(self->merge_names);
 	Py_VISIT(self->devices);
+	Py_VISIT(self->trace);
 	return 0;
 }
 
@@ -600,6 +603,7 @@ static void tree_dealloc(PyObject *object)
 	Py_XDECREF(self->resolve_name);
 	Py_XDECREF(self->merge_names);
 	Py_XDECREF(self->devices);
+	Py_XDECREF(self->trace);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
@@ -1245,6 +1249,33 @@ static PyObject *tree_check(PyObject *object, PyObject *Py_UNUSED(unused))
 	Py_RETURN_NONE;
 }
 
+static PyObject *tree_counts(PyObject *object, PyObject *Py_UNUSED(unused))
+{
+	struct ovl_tree_counts counts;
+
+	ovl_tree_counts(((struct tree *)object)->core, &counts);
+	return Py_BuildValue("nnn", (Py_ssize_t)counts.inodes, (Py_ssize_t)counts.merged, (Py_ssize_t)counts.names);
+}
+
+static int layer_of(void *tree, uint64_t nodeid)
+{
+	return ovl_tree_layer(tree, nodeid);
+}
+
+static PyObject *tree_tell_merged(PyObject *object, PyObject *trace)
+{
+	struct tree *self = (struct tree *)object;
+	struct ovl_lane_trace *told = ovl_trace_from_object(PyType_GetModule(Py_TYPE(self)), trace);
+
+	if (!told)
+		return NULL;
+	ovl_tree_tell_merged(self->core, ovl_lane_trace_merge, told);
+	ovl_lane_trace_ask(told, layer_of, self->core);
+	Py_INCREF(trace);
+	Py_XSETREF(self->trace, trace);
+	Py_RETURN_NONE;
+}
+
 static PyObject *tree_layers(PyObject *object, void *Py_UNUSED(closure))
 {
 	struct tree *self = (struct tree *)object;
@@ -1277,6 +1308,8 @@ static PyMethodDef tree_methods[] = {
 	{"orphan", tree_orphan, METH_O, "orphan(nodeid) -> descriptor or None"},
 	{"set_last_parent", tree_set_last_parent, METH_VARARGS, "set_last_parent(nodeid, parent)"},
 	{"last_parent", tree_last_parent, METH_O, "last_parent(nodeid) -> nodeid or None"},
+	{"counts", tree_counts, METH_NOARGS, "counts() -> (inodes, merged directories, names in those)"},
+	{"tell_merged", tree_tell_merged, METH_O, "tell_merged(trace): a Trace that is told of each merge"},
 	{"check", tree_check, METH_NOARGS, "check(): AssertionError if an invariant does not hold; for tests"},
 	{NULL, NULL, 0, NULL},
 };

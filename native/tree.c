@@ -15,6 +15,7 @@
 #include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- directories -------------------------------------------------------------------------------------- */
 
@@ -705,9 +706,23 @@ static void take_names(struct dir *dir, struct dir *names)
 	*names = (struct dir){0};
 }
 
+static void tell_merged(struct ovl_tree *tree, const struct node *node, uint64_t began_ns)
+{
+	const struct dir *dir = node->u.dir;
+	uint16_t layers[OVL_TOLD_LAYERS];
+	size_t count = 0;
+
+	if (node->flags & NODE_UPPER)
+		layers[count++] = 0;
+	for (uint32_t i = 0; i < dir->lower_count && count < OVL_TOLD_LAYERS; i++)
+		layers[count++] = (uint16_t)dir->lower[i].layer;
+	tree->told(tree->told_arg, node->nodeid, dir->named, layers, count, began_ns);
+}
+
 /* Has the directory its names? */
 static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ovl_ask *ask)
 {
+	struct timespec began = {0};
 	struct dir names = {0};
 	struct ovl_merge merge;
 	uint8_t *path;
@@ -715,6 +730,8 @@ static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ov
 
 	if (node->u.dir->merged)
 		return 0;
+	if (tree->told)
+		clock_gettime(CLOCK_MONOTONIC, &began);
 	if (is_linked(node)) {
 		err = open_merge(tree, node, &merge, &path);
 		if (!err)
@@ -732,6 +749,8 @@ static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ov
 		}
 	}
 	take_names(node->u.dir, &names);
+	if (tree->told)
+		tell_merged(tree, node, (uint64_t)began.tv_sec * 1000000000u + (uint64_t)began.tv_nsec);
 	return 0;
 }
 
@@ -1223,6 +1242,48 @@ size_t ovl_tree_count(struct ovl_tree *tree)
 	count = tree->by_nodeid.count;
 	pthread_rwlock_unlock(&tree->lock);
 	return count;
+}
+
+int ovl_tree_layer(struct ovl_tree *tree, uint64_t nodeid)
+{
+	struct node *node;
+	int layer = -1;
+
+	pthread_rwlock_rdlock(&tree->lock);
+	if (ovl_tree_find(tree, nodeid, &node) == 0) {
+		if (node->flags & NODE_UPPER)
+			layer = 0;
+		else if (is_dir(node) && node->u.dir->lower_count > 0)
+			layer = (int)node->u.dir->lower[0].layer;
+		else if (!is_dir(node) && node->flags & NODE_LOWER)
+			layer = (int)node->layer;
+	}
+	pthread_rwlock_unlock(&tree->lock);
+	return layer;
+}
+
+void ovl_tree_counts(struct ovl_tree *tree, struct ovl_tree_counts *out)
+{
+	*out = (struct ovl_tree_counts){0};
+	pthread_rwlock_rdlock(&tree->lock);
+	out->inodes = tree->by_nodeid.count;
+	for (size_t i = 0; i <= tree->by_nodeid.mask; i++) {
+		const struct node *node = tree->by_nodeid.slots[i];
+
+		if (node && is_dir(node) && node->u.dir->merged) {
+			out->merged++;
+			out->names += node->u.dir->named;
+		}
+	}
+	pthread_rwlock_unlock(&tree->lock);
+}
+
+void ovl_tree_tell_merged(struct ovl_tree *tree, ovl_tree_told told, void *arg)
+{
+	pthread_rwlock_wrlock(&tree->lock);
+	tree->told = told;
+	tree->told_arg = arg;
+	pthread_rwlock_unlock(&tree->lock);
 }
 
 ovl_err_t ovl_tree_nodeids(struct ovl_tree *tree, uint64_t **nodeids, size_t *count)

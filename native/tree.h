@@ -133,6 +133,11 @@ ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lo
 void ovl_description_clear(struct ovl_description *description);
 
 size_t ovl_tree_count(struct ovl_tree *tree);
+/* What is kept: inodes, directories that were merged, and the names in those.  Linear in the inodes. */
+struct ovl_tree_counts {
+	size_t inodes, merged, names;
+};
+void ovl_tree_counts(struct ovl_tree *tree, struct ovl_tree_counts *out);
 /* All nodeids; the array is the caller's. */
 ovl_err_t ovl_tree_nodeids(struct ovl_tree *tree, uint64_t **nodeids, size_t *count);
 
@@ -220,6 +225,16 @@ struct ovl_tree_names_in;
 ovl_err_t ovl_tree_adopt_begin(struct ovl_tree_names_in **in);
 ovl_err_t ovl_tree_adopt_name(struct ovl_tree_names_in *in, const uint8_t *name, size_t len);
 ovl_err_t ovl_tree_adopt_end(struct ovl_tree *tree, uint64_t nodeid, struct ovl_tree_names_in *in, bool keep);
+
+/* Who is told of each directory that is merged, or NULL: called with the lock held, by whoever needed the names.
+ * `layers`: from which (the first OVL_TOLD_LAYERS of them); `ns`: CLOCK_MONOTONIC when it began. */
+#define OVL_TOLD_LAYERS 120u
+typedef void (*ovl_tree_told)(void *arg, uint64_t nodeid, size_t names, const uint16_t *layers, size_t count,
+			      uint64_t ns);
+void ovl_tree_tell_merged(struct ovl_tree *tree, ovl_tree_told told, void *arg);
+
+/* The layer that serves an inode (0: the upperdir); -1: it is not known, or nothing does. */
+int ovl_tree_layer(struct ovl_tree *tree, uint64_t nodeid);
 
 /* For tests: 0, or -EUCLEAN and one line about the first invariant that does not hold. */
 ovl_err_t ovl_tree_check(struct ovl_tree *tree, const char **what);

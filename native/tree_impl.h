@@ -116,6 +116,8 @@ struct ovl_tree {
 	struct table by_ino; /* the owners whose nodeid is not their ino */
 	struct node *root;
 	uint64_t fresh;
+	ovl_tree_told told; /* or NULL */
+	void *told_arg;
 };
 
 /* The lock is held. */

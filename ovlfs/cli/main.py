@@ -25,6 +25,9 @@ _VERBS = {
     "diff": "list what was changed in a mount, or between two images",
     "commit": "write what was changed in a mount as a layer of a new image",
     "fsck": "check an upperdir, and repair it",
+    "explain": "say which layer a path comes from, and why",
+    "trace": "show every decision of a mount as it is made",
+    "stats": "show what a mount was asked, who answered, and what it costs",
     "inspect": "show what an image consists of",
     "layers": "show what each layer of an image brought, and what of it is wasted",
     "ls": "list a directory of an image, without mounting it",
@@ -36,7 +39,7 @@ _VERBS = {
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}
 _HELP = frozenset(("-h", "--help", "help"))
-_PRINTING = frozenset(("mounts", "diff", "inspect", "layers", "ls", "cat", "version"))
+_PRINTING = frozenset(("mounts", "diff", "explain", "trace", "stats", "inspect", "layers", "ls", "cat", "version"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ovlfs.cli import uppers
 from ovlfs.cli.progress import Progress
@@ -121,6 +121,7 @@ class _Work:
 
     def run(self, job: daemon.Job) -> None:
         """Open, mount, serve, close."""
+        from ovlfs.fuse.control import Control, answering  # noqa: PLC0415
         from ovlfs.fuse.session import serve  # noqa: PLC0415  # heavy: pyfuse3, trio
         from ovlfs.overlay.stack import open_stack  # noqa: PLC0415
 
@@ -135,15 +136,25 @@ class _Work:
             if opened.image is not None and opened.place is not None and not params.read_only:
                 _take_over(served, opened.image, opened.place)
             record = self._record(opened, job)
+            control = Control(self.registry.socket(record))
 
             def ready() -> None:
                 nonlocal record
                 record = mounting.mounted_record(record, request.mountpoint, time.time())
                 self.registry.save(record)
+                control.listen()
                 job.ready(_summary(request, opened))
 
             try:
-                serve(served, request.mountpoint, self._mount_options(), ready, lane=request.flags.lane)
+                serve(
+                    served,
+                    request.mountpoint,
+                    self._mount_options(),
+                    ready,
+                    lane=request.flags.lane,
+                    control=control,
+                    verbs={"explain": answering(lambda request: _explain(served, request))},
+                )
             except Exception as error:
                 if record.device:  # it was mounted, and what was changed may not be on disk: `ovlfs umount` tells
                     self.registry.save(replace(record, failed=daemon.describe(error)[0]))
@@ -249,6 +260,12 @@ class _Work:
             log=None if job.log is None else os.fsdecode(job.log),
             directory=request.directory,
         )
+
+
+def _explain(served: "Stack", request: dict[str, Any]) -> dict[str, Any]:
+    from ovlfs.explain.explain import answer  # noqa: PLC0415
+
+    return answer(served, request)
 
 
 def _take_over(served: "Stack", image: "Image", place: uppers.Place) -> None:

@@ -174,9 +174,14 @@ class Record:
     directory: str = "/"
 
     @property
+    def visible(self) -> bool:
+        """Whether the process is in our pid namespace."""
+        return self.pid_namespace == _pid_namespace()
+
+    @property
     def alive(self) -> bool:
         """Whether the process is still there.  True for one that we cannot see, in another pid namespace."""
-        return self.pid_namespace != _pid_namespace() or start_time(self.pid) == self.started
+        return not self.visible or start_time(self.pid) == self.started
 
 
 class Registry:
@@ -204,6 +209,10 @@ class Registry:
     def _file(self, record: Record) -> bytes:
         return b"%s/%d-%d.json" % (self.path, record.pid, record.started)
 
+    def socket(self, record: Record) -> bytes:
+        """Where the daemon of a record answers (control.py).  Made after the record, removed before it."""
+        return b"%s/%s" % (self.path, _socket_name(record))
+
     def save(self, record: Record) -> None:
         """Write a record; a reader sees the old one or the new one."""
         name = self._file(record)
@@ -214,9 +223,10 @@ class Registry:
         os.rename(temp, name)
 
     def remove(self, record: Record) -> None:
-        """Forget a record, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._file(record))
+        """Forget a record and its socket, if they are there."""
+        for path in (self.socket(record), self._file(record)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def records(self) -> list[Record]:
         """All records, oldest first, those of dead processes too."""
@@ -234,7 +244,26 @@ class Registry:
         ]
         for record in swept:
             self.remove(record)
+        names = set(os.listdir(self.path))
+        for name in names:
+            if name.endswith(b".sock") and name.removesuffix(b".sock") + b".json" not in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.path, name))
         return swept
+
+
+def _socket_name(record: Record) -> bytes:
+    return b"%d-%d.sock" % (record.pid, record.started)
+
+
+def control_socket(record: Record) -> bytes:
+    """The path of the socket on which a record's daemon answers, whether it is there or not."""
+    places = [default_registry()]
+    owner = _owner(record.pid) if os.geteuid() == 0 and record.visible else None
+    if owner:
+        places.append(b"/run/user/%d/ovlfs" % owner)
+    paths = [os.path.join(place, _socket_name(record)) for place in places]
+    return next((path for path in paths if os.path.lexists(path)), paths[0])
 
 
 def _private(path: str, flags: int) -> int:

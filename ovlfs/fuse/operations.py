@@ -28,6 +28,7 @@ import trio
 from ovlfs.errors import printable
 from ovlfs.fuse.idmap import IdMapping
 from ovlfs.fuse.locks import InodeLocks
+from ovlfs.fuse.meter import Meter
 from ovlfs.ids import NodeId
 from ovlfs.layer.base import Attr
 from ovlfs.layer.tree import Inode
@@ -76,6 +77,7 @@ def _handler(
             log.exception("%s%s failed unforeseen; answered EIO", name, args)
             raise pyfuse3.FUSEError(code) from None
         finally:
+            self.meter.note(name, args, time.perf_counter() - started, code)
             if requests.isEnabledFor(logging.DEBUG):
                 took_us = (time.perf_counter() - started) * 1e6
                 reply = errno.errorcode.get(code, str(code)) if code else "ok"
@@ -105,6 +107,7 @@ class Operations(pyfuse3.Operations):
         self._ids = IdMapping(stack.params)
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
+        self.meter = Meter()
         if requests.isEnabledFor(logging.DEBUG):
             stack.events.listeners.append(lambda event: requests.debug("  %s", event))
 
@@ -112,6 +115,16 @@ class Operations(pyfuse3.Operations):
     def shows_ids_as_stored(self) -> bool:
         """Whether the owners in the tree are those to show (see idmap.py)."""
         return self._ids.is_identity
+
+    def nodeid_of(self, fh: int) -> NodeId | None:
+        """Whose file a handle is open on; None: it was closed."""
+        handle = self._handles.get(fh)
+        return None if handle is None else handle.nodeid
+
+    @property
+    def open_files(self) -> int:
+        """How many files are open."""
+        return len(self._handles)
 
     def close(self) -> None:
         """Close what clients left open (after a forced unmount)."""
@@ -182,6 +195,8 @@ class Operations(pyfuse3.Operations):
         """No reply, and so nobody to tell of an error."""
         for nodeid, nlookup in inode_list:
             try:
+                if self._stack.events.listeners:
+                    self._stack.tell_forget(NodeId(nodeid))
                 self._tree.forget(NodeId(nodeid), nlookup)
             except Exception:
                 log.exception("forget %d failed unforeseen", nodeid)

@@ -14,17 +14,19 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pyfuse3
 import trio
 
-from ovlfs._native import Lane, Tree
+from ovlfs._native import Lane, Trace, Tree
 from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
+from ovlfs.fuse.control import Control, Verb
 from ovlfs.fuse.lane import MAX_WRITE_BYTES, ExtraServer, MountRequest, UnboundOperations, open_and_mount
 from ovlfs.fuse.operations import Operations, requests
+from ovlfs.fuse.watch import Watch
 from ovlfs.layer.native import reads_all
 from ovlfs.overlay.owner import DirectOwner, OverrideOwner
 from ovlfs.overlay.stack import Stack
@@ -63,12 +65,20 @@ class MountOptions:
 
 
 def serve(
-    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], *, lane: bool = True
+    stack: Stack,
+    mountpoint: bytes,
+    options: MountOptions,
+    ready: Callable[[], None],
+    *,
+    lane: bool = True,
+    control: Control | None = None,
+    verbs: Mapping[str, Verb] | None = None,
 ) -> None:
     """Mount `stack` on `mountpoint`, call `ready` once it answers, and return after it was unmounted.
 
     The stack is closed when this returns, however it does.  Without `lane` there is no fallocate, lseek,
-    copy_file_range and O_TMPFILE, and default ACLs lose what the umask takes away.
+    copy_file_range and O_TMPFILE, and default ACLs lose what the umask takes away.  `control`, on which `ready` has
+    made the mount listen, answers `stats`, `trace` and `verbs`.
 
     Raises:
         MountError: the mount failed.
@@ -78,32 +88,49 @@ def serve(
         options = replace(options, read_only=True)  # as kernel: super.c: ovl_fill_super()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(stack.close)
+        trace = Trace()
+        watch = Watch(stack, control, verbs or {}, trace)
+        if control is not None:
+            cleanup.callback(control.close)
         if lane:
-            _serve_by_lane(stack, mountpoint, options, ready, cleanup)
+            _serve_by_lane(stack, mountpoint, options, ready, watch, trace, cleanup)
         else:
-            _serve_by_session(stack, mountpoint, options, ready, cleanup)
+            _serve_by_session(stack, mountpoint, options, ready, watch, cleanup)
 
 
 def _serve_by_session(
-    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], cleanup: contextlib.ExitStack
+    stack: Stack,
+    mountpoint: bytes,
+    options: MountOptions,
+    ready: Callable[[], None],
+    watch: Watch,
+    cleanup: contextlib.ExitStack,
 ) -> None:
     operations = Operations(stack)
+    watch.operations = operations
     cleanup.callback(operations.close)
     pyfuse3.init(operations, os.fsdecode(mountpoint), options.words())
     unmount = True
     try:
-        trio.run(_run, mountpoint, ready, None, restrict_keyboard_interrupt_to_checkpoints=True)
+        trio.run(_run, mountpoint, ready, None, watch, restrict_keyboard_interrupt_to_checkpoints=True)
         unmount = False  # the kernel said so: nothing is mounted any more
     finally:
         pyfuse3.close(unmount=unmount)
 
 
 def _serve_by_lane(
-    stack: Stack, mountpoint: bytes, options: MountOptions, ready: Callable[[], None], cleanup: contextlib.ExitStack
+    stack: Stack,
+    mountpoint: bytes,
+    options: MountOptions,
+    ready: Callable[[], None],
+    watch: Watch,
+    trace: Trace,
+    cleanup: contextlib.ExitStack,
 ) -> None:
     """What is given back at the end, in order: pyfuse3's session, the lane (which aborts what is left), the mount."""
     mountpoint = mounting.resolve_mountpoint(mountpoint)  # while nobody needs us for that
     operations = UnboundOperations(stack)
+    watch.operations = operations
     cleanup.callback(operations.close)
     device = open_and_mount(
         MountRequest(mountpoint, options.source, options.allow_other, options.read_only, options.flags)
@@ -125,15 +152,18 @@ def _serve_by_lane(
             upper=_upper_for_lane(stack),
             no_open=options.read_only and stack.upper is None,
             passthrough=stack.upper is not None and os.geteuid() == 0,
+            trace=trace,
         )
         cleanup.callback(native.close)
+        watch.lane = native
         for_session.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # replies; the lane sizes its own end
         # libfuse takes an open descriptor by this name, and closes it.
         pyfuse3.init(operations, f"/dev/fd/{for_session.fileno()}", {"default_permissions"})
         for_session.detach()
     cleanup.callback(pyfuse3.close, unmount=False)
     native.start()
-    trio.run(_run, mountpoint, ready, ExtraServer(native, operations), restrict_keyboard_interrupt_to_checkpoints=True)
+    extra = ExtraServer(native, operations)
+    trio.run(_run, mountpoint, ready, extra, watch, restrict_keyboard_interrupt_to_checkpoints=True)
     if native.end_reason:
         raise MountError(f"/dev/fuse: {os.strerror(native.end_reason)}")
 
@@ -168,7 +198,7 @@ def _unmount_rest(mountpoint: bytes, ours: mounting.MountEntry | None) -> None:
             mounting.unmount(mountpoint, lazy=True)
 
 
-async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer | None) -> None:
+async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer | None, watch: Watch) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_unmount_on_signal, mountpoint)
         if extra is not None:
@@ -184,6 +214,7 @@ async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer 
         if extra is not None:
             _read_far_ahead(mountpoint)
         ready()
+        nursery.start_soon(watch.run)
 
 
 def _read_far_ahead(mountpoint: bytes) -> None:

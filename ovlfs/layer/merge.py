@@ -8,10 +8,14 @@ This is the readable reference of native/merge.c, which gives the same answers; 
 Kernel: fs/overlayfs/namei.c: ovl_lookup(), ovl_lookup_layer(), ovl_lookup_single(), ovl_check_redirect();
 readdir.c: ovl_dir_read_merged().
 
+Who wants to see a lookup (ovlfs.explain) gives it a listener, and is told of each layer's answer and the rule that it
+falls under (`Answer`), and of what was not asked (`Unasked`).
+
 Differences, on purpose: metacopy and redirect are followed without an option (the kernel needs metacopy=on,
 redirect_dir=follow); a directory that a tar only implies takes its attributes from below (layer/base.py).
 """
 
+import enum
 import errno
 import os
 import stat
@@ -19,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ovlfs.events import Event, Listener
 from ovlfs.ids import Name
 from ovlfs.layer.base import Entry, Layer, Ref, What
 
@@ -56,11 +61,58 @@ class Found:
     redirect: bytes | None = None
 
 
+class Rule(enum.Enum):
+    """What a layer's answer to a lookup means.  The value says it for people."""
+
+    ABSENT = "keep looking below"
+    WHITEOUT = "whiteout: stop here, nothing below shows"
+    FILE = "non-directory: stop here"
+    METACOPY = "metadata only: keep looking below for the data"
+    DATA = "its data: stop here"
+    PASSED_OVER = "metadata only, too: passed over"
+    MERGED = "merged, keep looking below"
+    OPAQUE = "merged, opaque: stop here"
+    NO_DIRECTORY = "non-directory below a directory: hidden, stop here"
+    NO_DATA = "directory where data should be: hidden, stop here"
+    ON_THE_WAY = "on the way of a redirect"
+    OPAQUE_ON_THE_WAY = "opaque, on the way of a redirect: this layer is the last"
+    IN_THE_WAY = "non-directory on the way of a redirect: stop here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Event):
+    """One layer was asked, and said something.
+
+    Attributes:
+        source: the directory that was asked; `path` is what it was asked for: a name, or a path from the layer's root.
+        entry: what it said (what a hard link to the layers below leads to; `link` is then its path there).
+        at: the object.
+        below: what will be asked for below, when the entry is redirected.
+    """
+
+    source: Source
+    entry: Entry | None
+    at: Source
+    rule: Rule
+    link: bytes = b""
+    below: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unasked(Event):
+    """Directories that were not asked for `path`, because layer `by` stopped the search, or redirected it elsewhere."""
+
+    sources: tuple[Source, ...]
+    by: int
+    redirected: bool
+
+
 @dataclass(slots=True)
 class _Lookup:
     """The state of one lookup: the kernel's struct ovl_lookup_data."""
 
     name: bytes  # one name, or an absolute path from the layers' root after a redirect
+    tell: Listener | None = None
     is_dir: bool = False
     stop: bool = False
     metacopy: bool = False
@@ -68,8 +120,8 @@ class _Lookup:
     found: list[tuple[Source, Entry]] = field(default_factory=list)
 
 
-def lookup(layers: Layers, sources: Sequence[Source], name: Name) -> Found | None:
-    """Find `name` in the merged directory made of `sources` (top first).
+def lookup(layers: Layers, sources: Sequence[Source], name: Name, tell: Listener | None = None) -> Found | None:
+    """Find `name` in the merged directory made of `sources` (top first), and tell `tell` how.
 
     Returns:
         None when the merged tree has no such name.
@@ -77,13 +129,16 @@ def lookup(layers: Layers, sources: Sequence[Source], name: Name) -> Found | Non
     Raises:
         OSError: EUCLEAN for a damaged redirect, EIO for metadata whose data is nowhere below; a layer's own errors.
     """
-    look = _Lookup(name)
+    look = _Lookup(name, tell)
     queue = list(sources)
     while queue and not look.stop:
         source = queue.pop(0)
-        was_absolute = look.name[:1] == b"/"
+        asked = look.name
         entry, at = _lookup_layer(layers, source, look)
-        if not was_absolute and look.name[:1] == b"/":
+        if tell is not None and queue and (look.stop or look.name != asked):
+            redirected = look.name != asked
+            tell(Unasked("not asked", asked, sources=tuple(queue), by=source.layer, redirected=redirected))
+        if asked[:1] != b"/" and look.name[:1] == b"/":
             # An absolute redirect: from here on the search starts at the roots of the layers below this one.
             queue = roots(layers, source.layer + 1)
         if entry is None:
@@ -92,26 +147,37 @@ def lookup(layers: Layers, sources: Sequence[Source], name: Name) -> Found | Non
             continue  # a metacopy of a metacopy: only the top's metadata and the bottom's data count
         look.found.append((at, entry))
     if len(look.found) == 1 and look.found[0][1].metacopy and look.name[:1] == b"/":
-        data = _in_data_layers(layers, look.name[1:])
+        data = _in_data_layers(layers, look.name, tell)
         if data is not None:
             look.found.append((data, Entry(What.OTHER, data.ref)))
     return _conclude(look)
 
 
-def _in_data_layers(layers: Layers, path: bytes) -> Source | None:
+def _in_data_layers(layers: Layers, path: bytes, tell: Listener | None) -> Source | None:
     """The regular file `path` of the topmost data-only layer that has it.  Kernel: ovl_lookup_data_layers()."""
     for number, layer in enumerate(layers):
         if layer is None or not layer.data_only:
             continue
-        entry: Entry | None = Entry(What.DIRECTORY, layer.root)
-        for part in path.split(b"/"):
-            if entry is None or entry.what is not What.DIRECTORY:
-                break
-            entry = layer.lookup(entry.ref, Name(part))
-        else:
-            if entry is not None and entry.what is What.OTHER and stat.S_ISREG(layer.attr(entry.ref).mode):
-                return Source(number, entry.ref)
+        found = _regular_file(layer, path[1:])
+        source = Source(number, layer.root)
+        at = source if found is None else Source(number, found.ref)
+        if tell is not None:
+            rule = Rule.ABSENT if found is None else Rule.DATA
+            tell(Answer("lookup", path, rule.value, source=source, entry=found, at=at, rule=rule))
+        if found is not None:
+            return at
     return None
+
+
+def _regular_file(layer: Layer, path: bytes) -> Entry | None:
+    entry: Entry | None = Entry(What.DIRECTORY, layer.root)
+    for part in path.split(b"/"):
+        if entry is None or entry.what is not What.DIRECTORY:
+            return None
+        entry = layer.lookup(entry.ref, Name(part))
+    if entry is None or entry.what is not What.OTHER or not stat.S_ISREG(layer.attr(entry.ref).mode):
+        return None
+    return entry
 
 
 def _conclude(look: _Lookup) -> Found | None:
@@ -152,32 +218,58 @@ def _lookup_single(
     layer = layers[source.layer]
     assert layer is not None
     entry = layer.lookup(source.ref, name)
-    if entry is None:
-        return None, source
-    at = Source(source.layer, entry.ref)
-    if entry.what is What.LINK_BELOW:
+    at = source if entry is None else Source(source.layer, entry.ref)
+    link = b""
+    if entry is not None and entry.what is What.LINK_BELOW:
+        link = entry.target
         entry, at = _link_below(layers, source.layer, entry)
-    last = not post
+    rule = _apply(look, entry, last=not post)
+    asked = look.name
+    if entry is not None and entry.redirect is not None and rule not in _USELESS:
+        _check_redirect(look, entry.redirect, prefix, post)
+    if look.tell is not None:
+        below = look.name if look.name != asked else b""
+        path = prefix + name
+        look.tell(
+            Answer("lookup", path, rule.value, source=source, entry=entry, at=at, rule=rule, link=link, below=below)
+        )
+    return None if rule in _USELESS else entry, at
+
+
+_USELESS = frozenset((Rule.ABSENT, Rule.WHITEOUT, Rule.NO_DIRECTORY, Rule.NO_DATA, Rule.IN_THE_WAY))
+"""With these a layer adds nothing to what is found."""
+
+
+def _apply(look: _Lookup, entry: Entry | None, *, last: bool) -> Rule:
+    """What one layer's answer means, and whether the search stops with it.
+
+    `last`: the name is what is looked for, not a directory on the way of a redirect.
+    """
+    if entry is None:
+        return Rule.ABSENT
     if entry.what is What.WHITEOUT:
         look.stop = True
-        return None, at
+        return Rule.WHITEOUT
     if entry.what is What.OTHER:
         if not last or look.is_dir:
             look.stop = True  # a file where a directory is needed hides what is below
-            return None, at
+            return Rule.NO_DIRECTORY if last else Rule.IN_THE_WAY
+        follows_metacopy = look.metacopy
         look.stop = not entry.metacopy
         look.metacopy = entry.metacopy
-    else:
-        if last and look.metacopy:
-            look.stop = True  # data of a metacopy must be a file
-            return None, at
-        if last:
-            look.is_dir = True
-        if entry.opaque:
-            look.stop = True
-    if entry.redirect is not None:
-        _check_redirect(look, entry.redirect, prefix, post)
-    return entry, at
+        if entry.metacopy:
+            return Rule.PASSED_OVER if follows_metacopy else Rule.METACOPY
+        return Rule.DATA if follows_metacopy else Rule.FILE
+    if last and look.metacopy:
+        look.stop = True  # data of a metacopy must be a file
+        return Rule.NO_DATA
+    if last:
+        look.is_dir = True
+    if entry.opaque:
+        look.stop = True
+    if not last:
+        return Rule.OPAQUE_ON_THE_WAY if entry.opaque else Rule.ON_THE_WAY
+    return Rule.OPAQUE if entry.opaque else Rule.MERGED
 
 
 def _check_redirect(look: _Lookup, redirect: bytes, prefix: bytes, post: bytes) -> None:

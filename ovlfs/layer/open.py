@@ -51,13 +51,13 @@ _QUEUED = 4
 
 
 class ImageLayer(TarLayer):
-    """A layer of an image, and the file that it was verified in."""
+    """A layer of an image, and the file that it was verified in.  `blob` is what the image says of it."""
 
     def __init__(self, index: "Index", source: "_Range", *, layer: LayerBlob, number: int) -> None:
         """Takes ownership of the descriptor of `source`, whose bytes are verified."""
         super().__init__(index, source.fd, base_offset=source.offset, layer_number=number)
         self._source = source
-        self._diff_id = layer.diff_id
+        self.blob = layer
         self.where = layer.blob.where
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class ImageLayer(TarLayer):
     def _still_verified(self, now: FileIdentity) -> bool:
         source = self._source
         try:
-            with _Hashing(self._diff_id, source.length) as hashing:
+            with _Hashing(self.blob.diff_id, source.length) as hashing:
                 for chunk in read_range(source.fd, source.offset, source.length, self.where):
                     hashing.update(chunk)
                 hashing.check(self.where, "the layer")

@@ -23,8 +23,11 @@ Not thread-safe: one thread at a time (the trio thread).
 import errno
 import os
 import stat
+import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ovlfs.ids import ROOT_NODEID, Ino, Name, NodeId
 from ovlfs.layer import merge
@@ -80,6 +83,13 @@ class Inode:
         return bool(self.names) or self.nodeid == ROOT_NODEID
 
 
+class MergeTrace(Protocol):
+    """Who wants to know of merges (_native.Trace)."""
+
+    def merged(self, nodeid: int, names: int, layers: bytes, began_ns: int, /) -> None:
+        """A directory has so many names now, from these layers (uint16 each); it began at (time.monotonic_ns)."""
+
+
 class _Children:
     """The names of a merged directory, in an order that never changes: a name's cookie is its place, from 1."""
 
@@ -106,6 +116,7 @@ class Tree:
         self._inodes: dict[NodeId, Inode] = {}
         self._by_ino: dict[Ino, Inode] = {}
         self._fresh = _FRESH_NODEID
+        self._trace: MergeTrace | None = None
         self._insert(root_inode(layers))
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -151,6 +162,15 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self._inodes)
+
+    def counts(self) -> tuple[int, int, int]:
+        """What is kept: (inodes, directories that were merged, names in those)."""
+        merged = [inode.children for inode in self._inodes.values() if inode.children is not None]
+        return len(self._inodes), len(merged), sum(len(children.by_name) for children in merged)
+
+    def tell_merged(self, trace: "MergeTrace") -> None:
+        """Who is told of each directory that is merged from now on."""
+        self._trace = trace
 
     # ---- mutations: the disk is changed already ------------------------------------------------------------------
 
@@ -274,11 +294,15 @@ class Tree:
         if directory.children is None:
             if not directory.is_dir:
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            began_ns = time.monotonic_ns()
             children = _Children()
             if directory.is_linked:
                 for name in merge.names(self.layers, self.sources(directory)):
                     children.put(name, None)
             directory.children = children
+            if self._trace is not None:
+                layers = array("H", (source.layer for source in self.sources(directory))).tobytes()
+                self._trace.merged(directory.nodeid, len(children.by_name), layers, began_ns)
         return directory.children
 
     def _child(self, directory: Inode, name: Name) -> Inode:

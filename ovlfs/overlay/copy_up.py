@@ -25,6 +25,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -59,9 +60,9 @@ def metadata(stack: Stack, inode: Inode) -> None:
         return
     stack.need_upper()
     _need_name(stack, inode)
-    for missing in _missing(stack, inode):
-        copy = _Copy(stack, missing)
-        if stat.S_ISREG(missing.attr.mode) and missing.attr.size > 0:
+    for one in missing(stack, inode):
+        copy = _Copy(stack, one)
+        if stat.S_ISREG(one.attr.mode) and one.attr.size > 0:
             if not stack.metacopy:
                 raise OSError(errno.EXDEV, "data has to be copied first")
             copy.publish(metacopy=True)
@@ -69,7 +70,7 @@ def metadata(stack: Stack, inode: Inode) -> None:
             copy.publish(metacopy=False)
 
 
-def _missing(stack: Stack, inode: Inode) -> list[Inode]:
+def missing(stack: Stack, inode: Inode) -> list[Inode]:
     """The inode and those of its ancestors that are not in the upperdir, topmost first.
 
     A loop, as in the kernel's ovl_copy_up_flags(): how deep a directory lies is not ours to trust.
@@ -179,12 +180,15 @@ class DataCopy:
         self._size = 0 if truncate else inode.attr.size
         self._caps = _capabilities(fd) if copy is None else {}
         self._source: tuple[int, list[Extent]] | None = None
+        self._began_ns = time.monotonic_ns()
+        self._copied_bytes = 0
         if self._size:
             try:
                 self._source = data_of(stack, inode)
             except BaseException:
                 os.close(fd)
                 raise
+            self._copied_bytes = sum(extent.length for extent in self._source[1])
 
     @property
     def size(self) -> int:
@@ -204,7 +208,7 @@ class DataCopy:
         try:
             if self._copy is not None and self._temp is not None:
                 temp, self._temp = self._temp, None
-                self._copy.publish(metacopy=False, temp=temp, size=self._size)
+                self._copy.publish(metacopy=False, temp=temp, size=self._size, copied_bytes=self._copied_bytes)
             else:
                 self._replace_metacopy()
         finally:
@@ -225,7 +229,13 @@ class DataCopy:
         self._stack.tree.set_upper(inode.nodeid, inode.upper_ino, metacopy=False)
         attr, _, _ = upper.attr(path)
         self._stack.tree.set_attr(inode.nodeid, attr)
-        self._stack.events.tell("copy-up data", self._stack.tree.path(inode.nodeid) or b"", f"{self._size} bytes")
+        self._stack.events.tell(
+            "copy-up data",
+            self._stack.tree.path(inode.nodeid) or b"",
+            f"{self._size} bytes",
+            began_ns=self._began_ns,
+            copied_bytes=self._copied_bytes,
+        )
 
     def abort(self) -> None:
         """Give back what is left: descriptors, and the temporary file if it was not published."""
@@ -351,8 +361,11 @@ class _Copy:
         self.stack = stack
         self.inode = inode
         self.upper = stack.need_upper()
+        self._began_ns = time.monotonic_ns()
 
-    def publish(self, *, metacopy: bool, temp: Name | None = None, size: int | None = None) -> None:
+    def publish(
+        self, *, metacopy: bool, temp: Name | None = None, size: int | None = None, copied_bytes: int = 0
+    ) -> None:
         """Make the object (or take `temp`, which has the data) and put it in its place."""
         inode, upper = self.inode, self.upper
         if inode.nodeid == ROOT_NODEID:
@@ -376,7 +389,13 @@ class _Copy:
         self.stack.tree.set_upper(inode.nodeid, upper_ino, metacopy=metacopy)
         self.stack.tree.set_attr(inode.nodeid, new_attr)
         what = "directory" if inode.is_dir else "metadata" if metacopy else f"{new_attr.size} bytes"
-        self.stack.events.tell("copy-up", self.stack.tree.path(inode.nodeid) or b"", what)
+        self.stack.events.tell(
+            "copy-up",
+            self.stack.tree.path(inode.nodeid) or b"",
+            what,
+            began_ns=self._began_ns,
+            copied_bytes=copied_bytes,
+        )
 
     def _make(self, temp: Name, attr: Attr) -> None:
         target = b""
@@ -428,28 +447,11 @@ class _Copy:
     def _names(self) -> list[tuple[Inode, Name]]:
         """All names of the inode in the merged tree; the directories are copied up."""
         tree = self.stack.tree
-        self._find_all_names()
+        find_all_names(self.stack, self.inode)
         names = [(tree.get(nodeid), name) for nodeid, name in tree.names(self.inode.nodeid)]
         for directory, _ in names:
             metadata(self.stack, directory)
         return names
-
-    def _find_all_names(self) -> None:
-        """Look up every path that the lower inode has in the layers, so that the tree knows all its names."""
-        if self.inode.is_dir:
-            return
-        paths = lower_paths(self.stack.layers, *metadata_source(self.stack, self.inode))
-        if len(paths) == 1:
-            return
-        for path in paths:
-            namei.walk(self.stack, path)
-        if len(self.stack.tree.names(self.inode.nodeid)) < len(paths):
-            # Some are deleted, or stand in a directory that was moved.
-            moved = namei.moved_directories(self.stack)
-            for path in paths:
-                for now, before in moved:
-                    if path.startswith(before + b"/"):
-                        namei.walk(self.stack, now + path[len(before) :])
 
     def _place(self, temp: Name, names: list[tuple[Inode, Name]]) -> None:
         """Move the object to its first name and link it to the others; the parents keep their times.
@@ -480,6 +482,24 @@ class _Copy:
         fd = sys.open_beneath(self.upper.work_fd, temp, os.O_PATH | os.O_NOFOLLOW)
         self.upper.discard(temp)
         self.stack.tree.set_orphan(self.inode.nodeid, fd)
+
+
+def find_all_names(stack: Stack, inode: Inode) -> None:
+    """Look up every path that a lower inode has in the layers, so that the tree knows all its names."""
+    if inode.is_dir:
+        return
+    paths = lower_paths(stack.layers, *metadata_source(stack, inode))
+    if len(paths) == 1:
+        return
+    for path in paths:
+        namei.walk(stack, path)
+    if stack.upper is not None and len(stack.tree.names(inode.nodeid)) < len(paths):
+        # Some are deleted, or stand in a directory that was moved.
+        moved = namei.moved_directories(stack)
+        for path in paths:
+            for now, before in moved:
+                if path.startswith(before + b"/"):
+                    namei.walk(stack, now + path[len(before) :])
 
 
 def lower_paths(layers: Layers, layer: Layer, ref: Ref) -> list[bytes]:

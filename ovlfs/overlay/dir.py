@@ -14,10 +14,12 @@ several names does not copy it up.
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from ovlfs.errors import printable
 from ovlfs.ids import ROOT_NODEID, Name
 from ovlfs.layer import sys
 from ovlfs.layer.tree import Inode
@@ -55,6 +57,8 @@ def create(stack: Stack, parent: Inode, name: bytes, new: NewObject) -> Inode:
                 upper.set_own(at, b"opaque", b"y")
             attr, upper_ino, ino = upper.attr(at)
         upper.place(temp, path, last)
+    if stat.S_ISDIR(new.mode) and parent.lower:
+        stack.events.tell("opaque", _joined(path, last), "a new directory")
     nodeid = stack.tree.add(parent.nodeid, last, attr, upper_ino, ino)
     stack.refresh(parent.nodeid)
     return stack.tree.get(nodeid)
@@ -139,8 +143,10 @@ def link(stack: Stack, inode: Inode, parent: Inode, name: bytes) -> None:
 def _redirect_metacopy(stack: Stack, inode: Inode, path: bytes) -> None:
     """A metacopy under another name must say where its data is.  Kernel: ovl_set_link_redirect()."""
     if inode.metacopy and not inode.redirect:
-        stack.need_upper().set_own(path, b"redirect", namei.redirect_of(stack, inode))
+        redirect = namei.redirect_of(stack, inode)
+        stack.need_upper().set_own(path, b"redirect", redirect)
         stack.tree.set_redirect(inode.nodeid)
+        stack.events.tell("redirect", stack.tree.path(inode.nodeid) or b"", f"of the data, to {printable(redirect)}")
 
 
 def unlink(stack: Stack, parent: Inode, name: bytes) -> None:
@@ -166,10 +172,11 @@ def rmdir(stack: Stack, parent: Inode, name: bytes) -> None:
 def _remove(stack: Stack, parent: Inode, name: Name, inode: Inode) -> None:
     """Kernel: ovl_do_remove(): a plain removal, or a whiteout where something below would show again."""
     upper = stack.need_upper()
+    began_ns = time.monotonic_ns()
     path = copy_up.parent(stack, parent)
     if namei.is_below(stack, parent, name):
         upper.whiteout(path, name, over=inode.upper)
-        stack.events.tell("whiteout", b"%s/%s" % (path, name) if path else name)
+        stack.events.tell("whiteout", _joined(path, name), began_ns=began_ns)
     else:
         upper.take_away(path, name)
     stack.tree.remove(parent.nodeid, name)
@@ -237,6 +244,7 @@ def rename(
     if exchange:
         assert other is not None
         _check_can_move(stack, other)
+    began_ns = time.monotonic_ns()
     copy_up.metadata(stack, inode)
     path, new_path = copy_up.parent(stack, parent), copy_up.parent(stack, new_parent)
     if exchange:
@@ -267,6 +275,14 @@ def rename(
     stack.refresh(inode.nodeid)
     if exchange and other is not None:
         stack.refresh(other.nodeid)
+    how = "exchanged with" if exchange else "to"
+    stack.events.tell(
+        "rename", _joined(path, old_last), f"{how} /{printable(_joined(new_path, new_last))}", began_ns=began_ns
+    )
+
+
+def _joined(path: bytes, name: Name) -> bytes:
+    return b"%s/%s" % (path, name) if path else name
 
 
 def _check_not_into_itself(stack: Stack, inode: Inode, directory: Inode) -> None:
@@ -304,13 +320,14 @@ def _mark_moved(stack: Stack, inode: Inode, old: tuple[Inode, Name], new_parent:
     upper = stack.need_upper()
     with stack.object(inode) as at:
         if inode.is_dir and inode.lower:
-            if old[0].nodeid != new_parent.nodeid:
-                upper.set_own(at, b"redirect", namei.redirect_of(stack, inode))
-            elif not inode.redirect:
-                upper.set_own(at, b"redirect", old[1])
+            redirect = old[1] if old[0].nodeid == new_parent.nodeid else namei.redirect_of(stack, inode)
+            if old[0].nodeid != new_parent.nodeid or not inode.redirect:
+                upper.set_own(at, b"redirect", redirect)
+                stack.events.tell("redirect", stack.upper_path(inode.nodeid), f"to {printable(redirect)}")
             stack.tree.set_redirect(inode.nodeid)
         elif inode.is_dir and new_parent.lower:
             upper.set_own(at, b"opaque", b"y")
+            stack.events.tell("opaque", stack.upper_path(inode.nodeid), "moved to where layers below may have the name")
         elif inode.metacopy:
             _redirect_metacopy(stack, inode, at)
 

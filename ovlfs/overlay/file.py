@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from ovlfs.ids import NodeId
 from ovlfs.layer import sys
 from ovlfs.layer.base import Extent
 from ovlfs.layer.directory import DirLayer, getxattr
@@ -45,6 +46,11 @@ class Handle:
         self._sparse_fd = False
         self.fd = -1
         self._open()
+
+    @property
+    def nodeid(self) -> NodeId:
+        """Whose file it is."""
+        return self._inode.nodeid
 
     def _open(self) -> None:
         inode = self._inode

@@ -40,15 +40,19 @@ class Stack:
         redirect: whether directories with something below may be renamed (overlay.redirect).
         metacopy: whether a change of attributes copies only those.
         volatile: whether nothing is ever synced.
+        cut: how many layers were left out at the bottom, because the root of one above is opaque.
     """
 
-    def __init__(self, lowers: Sequence[Layer], upper: Upper | None, params: Params, *, kernel_userxattr: bool) -> None:
+    def __init__(
+        self, lowers: Sequence[Layer], upper: Upper | None, params: Params, *, kernel_userxattr: bool, cut: int = 0
+    ) -> None:
         self.layers: list[Layer | None] = [upper.layer if upper else None, *lowers]
         self.upper = upper
         self.params = params
         self.tree = open_tree(self.layers)
         self.events = Events()
         self.volatile = params.volatile
+        self.cut = cut
         # Under `userxattr` the kernel follows neither redirects nor metacopies (params.c: ovl_fs_params_verify()),
         # so an upperdir that it shall be able to mount must do without, unless asked for.
         self.redirect = not kernel_userxattr if params.redirect_dir is None else params.redirect_dir
@@ -59,6 +63,15 @@ class Stack:
         if self.upper is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return self.upper
+
+    def name_of(self, number: int) -> str:
+        """What people call a layer of the stack: upper; layer 1 is the bottom one; data layers are apart."""
+        layer = self.layers[number]
+        if number == 0 or (number == 1 and self.upper is None and self.params.upperdir is not None):
+            return "upper"
+        assert layer is not None
+        below = [other for other in self.layers[number:] if other is not None and other.data_only == layer.data_only]
+        return f"data layer {len(below)}" if layer.data_only else f"layer {len(below) + self.cut}"
 
     @contextmanager
     def object(self, inode: Inode) -> Iterator[bytes]:
@@ -89,6 +102,14 @@ class Stack:
         elif inode.metacopy:
             attr = replace(attr, blocks=inode.attr.blocks)
         self.tree.set_attr(nodeid, attr)
+
+    def tell_forget(self, nodeid: NodeId) -> None:
+        """The kernel forgets an inode, which the lane does not know all about."""
+        try:
+            path = self.tree.path(nodeid)
+        except OSError:
+            return  # ESTALE: it is not known any more, so nothing will be decided
+        self.events.tell("forget", path or b"", "" if path is not None else "it has no name any more")
 
     def close(self) -> None:
         """Put everything on disk and give everything back."""
@@ -126,8 +147,9 @@ def open_stack(params: Params, lowers: Sequence[Layer] | None = None, *, inos: I
         if params.upperdir is not None and upper is None:
             # Nothing can be written, so an upperdir is a layer like the others, but for `.wh.` names.
             lowers = [_open_lower(params.upperdir, inos, (TRUSTED, USER), oci=False), *lowers]
-        lowers = _cut_below_opaque_root(lowers)
-        return Stack(lowers, upper, params, kernel_userxattr=bool(userxattr) and directories)
+        kept = _cut_below_opaque_root(lowers)
+        cut = len(lowers) - len(kept)
+        return Stack(kept, upper, params, kernel_userxattr=bool(userxattr) and directories, cut=cut)
     except BaseException:
         if upper is not None:
             upper.close()

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ovlfs._native import Lane, Tree
+from ovlfs._native import Lane, Trace, Tree
+
+NATIVE = Path(__file__).resolve().parents[2] / "native"
 
 IN = struct.Struct("=IIQQIIIHH")
 OUT = struct.Struct("=IiQ")
@@ -57,7 +59,9 @@ def is_readable(fd: int, wait_s: float = WAIT_S) -> bool:
 
 
 @contextlib.contextmanager
-def laned(*, start: bool = True, tree: Tree | None = None, **limits: int) -> Iterator[Bench]:
+def laned(
+    *, start: bool = True, tree: Tree | None = None, trace: Trace | None = None, **limits: int
+) -> Iterator[Bench]:
     device, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with kernel, session:
@@ -65,7 +69,7 @@ def laned(*, start: bool = True, tree: Tree | None = None, **limits: int) -> Ite
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
             sock.settimeout(WAIT_S)
         session.settimeout(WAIT_S)
-        lane = Lane(device.detach(), ours.detach(), tree=tree, **limits)
+        lane = Lane(device.detach(), ours.detach(), tree=tree, trace=trace, **limits)
         try:
             if start:
                 lane.start()
@@ -411,7 +415,7 @@ def test_lane_survives_every_error_of_the_device(tmp_path: Path, sanitizer: str)
     compiled = subprocess.run(
         [
             "cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", f"-fsanitize={sanitizer}",
-            "-I", here.parent.parent / "native", here / "test_lane_faults.c", "-o", program, "-lpthread",
+            "-I", NATIVE, here / "test_lane_faults.c", NATIVE / "lane_trace.c", "-o", program, "-lpthread",
         ],
         check=False, capture_output=True, text=True,
     )  # fmt: skip

@@ -1,0 +1,158 @@
+"""The control socket: who may connect, what a bad client gets, and that the mount does not notice it."""
+
+import json
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_explain import Run, explained
+from processes import is_running, wait_until
+
+from ovlfs.fuse.client import find
+
+pytestmark = pytest.mark.fuse
+
+Mount = Callable[..., Path]
+
+
+@pytest.fixture
+def mountpoint(scratch: Path, mounted: Mount) -> Path:
+    for name in ("lower/d", "upper", "work"):
+        (scratch / name).mkdir(parents=True)
+    (scratch / "lower/file").write_bytes(b"content")
+    return mounted("-o", f"lowerdir={scratch}/lower,upperdir={scratch}/upper,workdir={scratch}/work")
+
+
+def sockets() -> list[Path]:
+    return sorted(Path(os.environ["OVLFS_RUNTIME_DIR"]).glob("*.sock"))
+
+
+@contextmanager
+def client() -> Iterator[socket.socket]:
+    (path,) = sockets()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(path))
+        yield sock
+
+
+def answers(sock: socket.socket) -> list[dict[str, Any]]:
+    """All that the daemon says until it ends."""
+    said = b""
+    while piece := sock.recv(1 << 16):
+        said += piece
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_the_socket_is_private_and_goes_with_the_mount(mountpoint: Path, ovlfs: Run) -> None:
+    (path,) = sockets()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+    ovlfs("umount", mountpoint)
+
+    assert sockets() == []
+
+
+def test_what_a_killed_daemon_left_is_swept_by_the_next_mount(mountpoint: Path, ovlfs: Run) -> None:
+    (left,) = sockets()
+    record = find(bytes(mountpoint)).record
+    assert record is not None
+    pid = record.pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_running(pid), "the daemon is gone")
+    assert "its daemon is gone" in ovlfs("stats", mountpoint, code=1).stderr
+    ovlfs("umount", mountpoint)
+    stray = left.with_name("1-1.sock")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(stray))
+    scratch = mountpoint.parent
+    ovlfs("mount", "--ro", "-o", f"lowerdir={scratch}/lower", mountpoint)
+
+    assert not left.exists()
+    assert not stray.exists()
+    assert len(sockets()) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"no json\n",
+        b"[1, 2]\n",
+        b"{}\n",
+        b'{"verb": "explode"}\n',
+        b'{"verb": ["stats"]}\n',
+        b'{"verb": "explain"}\n',
+        b'{"verb": "explain", "path": 5}\n',
+        b'{"verb": "trace", "paths": "x"}\n',
+        b'{"verb": "trace", "operations": [1]}\n',
+        b"[" * 60000 + b"\n",
+        b"\xff\xfe\n",
+        b"x" * 70000,
+    ],
+)
+def test_a_request_that_is_none_gets_one_error(said: bytes, mountpoint: Path) -> None:
+    with client() as sock:
+        sock.sendall(said)
+        try:
+            (answer,) = answers(sock)
+        except ConnectionResetError:  # what was not read is still there: so ends a stream
+            assert len(said) > 65536
+            answer = {"error": ""}
+
+    assert list(answer) == ["error"]
+    assert "\n" not in answer["error"]
+    assert (mountpoint / "file").read_bytes() == b"content"
+
+
+def test_clients_that_hang_do_not_stop_the_mount(mountpoint: Path, ovlfs: Run) -> None:
+    """As many as there may be say nothing, half a request, or do not read their answer; one more is turned away."""
+    socks = []
+    try:
+        for number in range(16):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(str(sockets()[0]))
+            sock.sendall([b"", b'{"verb"', b'{"verb": "trace"}\n'][number % 3])
+            socks.append(sock)
+        wait_until(lambda: "gave no answer" in ovlfs("stats", mountpoint, code=None).stderr, "there is no room left")
+        assert (mountpoint / "file").read_bytes() == b"content"
+        (mountpoint / "new").write_bytes(b"written")
+    finally:
+        for sock in socks:
+            sock.close()
+    wait_until(lambda: ovlfs("stats", mountpoint, code=None).returncode == 0, "there is room again")
+
+
+def test_a_client_that_goes_away_is_forgotten(mountpoint: Path) -> None:
+    for _ in range(40):  # more than may be there at once
+        with client() as sock:
+            sock.sendall(b'{"verb": "trace"}\n')
+            assert sock.recv(100)
+    wait_until(lambda: explained(mountpoint, "/file")["error"] is None, "the mount answers")
+
+
+def test_unmounting_ends_the_clients(mountpoint: Path, ovlfs: Run) -> None:
+    with client() as sock:
+        sock.sendall(b'{"verb": "trace"}\n')
+        assert sock.recv(100)
+
+        ovlfs("umount", mountpoint)
+
+        answers(sock)  # to its end
+
+
+def test_a_directory_with_a_long_name_holds_the_socket(
+    scratch: Path, mounted: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address has room for 107 bytes."""
+    monkeypatch.setenv("OVLFS_RUNTIME_DIR", str(scratch / ("d" * 200)))
+    (scratch / "lower").mkdir()
+    mountpoint = mounted("--ro", "-o", f"lowerdir={scratch}/lower")
+
+    assert explained(mountpoint, "/")["object"]["kind"] == "directory"
