@@ -299,6 +299,7 @@ out:
 /* One directory, whose parent is in the upperdir: made in workdir, and moved into its place. */
 static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 {
+	uint64_t began_ns = ovl_lane_trace_began(fs->trace);
 	struct ovl_tree_name *names = NULL;
 	struct ovl_data meta = {.fd = -1};
 	struct timespec times[2];
@@ -355,7 +356,7 @@ static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 	err = ovl_tree_set_upper(fs->tree, nodeid, st.st_ino, false);
 	if (!err)
 		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
-	atomic_fetch_add_explicit(&fs->copied_files, 1, memory_order_relaxed);
+	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, NULL, 0, 0, began_ns);
 out:
 	if (err == -EEXIST || err == -EINVAL || err == -ENOSYS)
 		err = OVL_ASK; /* something is there, or cannot be said so: the reference has to look */

@@ -44,8 +44,8 @@ struct ovl_trace_record {
 	uint64_t at_ns;   /* when it was over, by CLOCK_MONOTONIC */
 	uint64_t took_ns;
 	uint64_t nodeid;  /* of the request's header; of the directory that was merged */
-	/* a LOOKUP: the nodeid that was found, 0 for none; a BATCH_FORGET: how many inodes; a merge: the names; a copy-up: the bytes of data; a rename: the
-	 * nodeid of the new directory */
+	/* a LOOKUP: the nodeid that was found, 0 for none; a BATCH_FORGET: how many inodes; a merge: the names; a copy-up:
+	 * the bytes of data; a rename: the nodeid of the new directory */
 	uint64_t number;
 	uint32_t kind;
 	uint32_t opcode;
