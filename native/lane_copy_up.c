@@ -284,7 +284,8 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 	err = ovl_tree_set_upper(fs->tree, nodeid, st.st_ino, metacopy);
 	if (!err)
 		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
-	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, NULL, 0, metacopy ? 0 : size, began_ns);
+	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, "metadata", metacopy ? strlen("metadata") : 0,
+			    metacopy ? 0 : size, began_ns);
 out:
 	if (fd >= 0)
 		close(fd);
@@ -356,7 +357,7 @@ static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 	err = ovl_tree_set_upper(fs->tree, nodeid, st.st_ino, false);
 	if (!err)
 		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
-	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, NULL, 0, 0, began_ns);
+	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, "directory", strlen("directory"), 0, began_ns);
 out:
 	if (err == -EEXIST || err == -EINVAL || err == -ENOSYS)
 		err = OVL_ASK; /* something is there, or cannot be said so: the reference has to look */

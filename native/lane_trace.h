@@ -53,7 +53,8 @@ struct ovl_trace_record {
 	int32_t layer;    /* a LOOKUP: which layer serves what was found; -1: not known */
 	bool by_starter;  /* by the thread that called start, which is Python's */
 	uint32_t name_len; /* in bytes */
-	/* of the request; a merge: the layers, as uint16_t; a rename: the old name, NUL, the new one */
+	/* of the request; a merge: the layers, as uint16_t; a rename: the old name, NUL, the new one; a copy-up: "directory",
+	 * "metadata", or nothing: data */
 	uint8_t name[OVL_TRACE_NAME_MAX + 1];
 };
 

@@ -15,7 +15,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 /* ---- what is kept ------------------------------------------------------------------------------------- */
@@ -183,49 +182,7 @@ ovl_err_t ovl_tree_set_live(struct ovl_tree *tree, uint64_t nodeid, int fd)
 
 /* ---- data --------------------------------------------------------------------------------------------- */
 
-/*
- * A path is what the tree says, and the disk is renamed first: for a moment a path leads nowhere, or to another object
- * (RENAME_EXCHANGE).  So what was opened is compared with what was wanted; if it is another, the tree is about to be told,
- * by somebody who waits for nobody, and a little later the path is right.  The lock is not held meanwhile.
- */
-#define RETRY_NS 100000L
-#define RETRIES 10000u /* a second: then the upperdir was changed behind our back */
-
-static bool moved(ovl_err_t err)
-{
-	return err == -ENOENT || err == -EREMCHG;
-}
-
-/* Waits a moment.  False: it has been tried often enough. */
-static bool again(unsigned *tries)
-{
-	const struct timespec pause = {.tv_nsec = RETRY_NS};
-
-	if ((*tries)++ == RETRIES)
-		return false;
-	nanosleep(&pause, NULL);
-	return true;
-}
-
-/* -ESTALE for what was opened in the end, if it is another object. */
-static ovl_err_t settled(ovl_err_t err)
-{
-	return err == -EREMCHG ? -ESTALE : err;
-}
-
-static int check_object(const struct node *node, int fd)
-{
-	struct stat st;
-
-	if (fd < 0)
-		return fd;
-	if (fstat(fd, &st) == 0 && st.st_ino == node->upper_ino)
-		return fd;
-	close(fd);
-	return -EREMCHG;
-}
-
-/* Opens an object of the upperdir anew, without a name if need be.  -EREMCHG, -ENOENT: see above. */
+/* Opens an object of the upperdir anew, without a name if need be. */
 static int open_upper(const struct ovl_tree *tree, const struct node *node, int flags)
 {
 	const struct kept *kept = ovl_node_kept(node);
@@ -246,7 +203,7 @@ static int open_upper(const struct ovl_tree *tree, const struct node *node, int 
 		return err;
 	fd = ovl_dirlayer_open(&tree->stack.layers[0].dir, path, len, flags);
 	free(path);
-	return check_object(node, fd);
+	return fd;
 }
 
 static bool has_upper_data(const struct node *node)
@@ -303,10 +260,8 @@ static ovl_err_t open_lower(const struct ovl_tree *tree, const struct node *node
 ovl_err_t ovl_tree_open_data(struct ovl_tree *tree, uint64_t nodeid, int flags, struct ovl_data *out)
 {
 	struct node *node;
-	unsigned tries = 0;
 	ovl_err_t err;
 
-retry:
 	*out = (struct ovl_data){.fd = -1};
 	pthread_rwlock_rdlock(&tree->lock);
 	err = ovl_tree_find(tree, nodeid, &node);
@@ -327,9 +282,7 @@ retry:
 	}
 out:
 	pthread_rwlock_unlock(&tree->lock);
-	if (out->upper && moved(err) && again(&tries))
-		goto retry;
-	return settled(err);
+	return err;
 }
 
 static bool is_implied(const struct ovl_layer *layer, const struct ovl_source *source)
@@ -364,11 +317,9 @@ ovl_err_t ovl_tree_open_meta(struct ovl_tree *tree, uint64_t nodeid, struct ovl_
 	struct ovl_source source;
 	struct node *node;
 	uint8_t *path;
-	unsigned tries = 0;
 	size_t len;
 	ovl_err_t err;
 
-retry:
 	*out = (struct ovl_data){.fd = -1};
 	pthread_rwlock_rdlock(&tree->lock);
 	err = ovl_tree_find(tree, nodeid, &node);
@@ -400,30 +351,20 @@ retry:
 	}
 out:
 	pthread_rwlock_unlock(&tree->lock);
-	if (out->upper && moved(err) && again(&tries))
-		goto retry;
-	return settled(err);
+	return err;
 }
 
 int ovl_tree_open_upper(struct ovl_tree *tree, uint64_t nodeid, int flags)
 {
-	unsigned tries = 0;
 	struct node *node;
-	bool named;
 	int fd;
 
-retry:
-	named = false;
 	pthread_rwlock_rdlock(&tree->lock);
 	fd = ovl_tree_find(tree, nodeid, &node);
-	if (fd == 0) {
-		named = node->parent || nodeid == OVL_ROOT_NODEID || !(node->flags & NODE_DIR);
+	if (fd == 0)
 		fd = node->flags & NODE_UPPER ? open_upper(tree, node, flags) : -EROFS;
-	}
 	pthread_rwlock_unlock(&tree->lock);
-	if (named && moved(fd) && again(&tries))
-		goto retry;
-	return settled(fd);
+	return fd;
 }
 
 #define REDIRECT_MAX 256u /* kernel: super.c: ovl_redirect_max */

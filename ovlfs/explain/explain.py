@@ -455,7 +455,11 @@ class _Explaining:
         inode = self._live(place)
         if inode is None:
             return None
-        would = plan(self.stack, inode)
+        try:
+            would = plan(self.stack, inode)
+        except OSError as error:
+            self.notes.append(f"it could not be copied up now: {_reason(error)}")  # the layer's data cannot be had
+            return None
         if creates:
             answers = self.steps[-1]["answers"]
             directories = [*would.directories, *([] if would.in_place else [place.path])]

@@ -287,10 +287,11 @@ class _Tracing:
         return _event("lane", operation, path, detail, took_ns, error)
 
     def _native_decision(self, decision: str, path: str, number: int, name: bytes, took_ns: int) -> Message:
+        if decision == "copy-up":
+            return _event("lane", decision, path, printable(name) or f"{number} bytes", took_ns, 0)
         old, _, new = name.partition(b"\0")
-        if old:
-            path = _join(path, printable(old))
-        detail = {"copy-up": f"{number} bytes", "opaque": "a new directory"}.get(decision, "")
+        path = _join(path, printable(old))
+        detail = "a new directory" if decision == "opaque" else ""
         if decision == "rename":
             detail = "to " + _join(self._path(number), printable(new))
         return _event("lane", decision, path, detail, took_ns, 0)

@@ -26,17 +26,21 @@ KINDS = {"file": "regular file", "dir": "directory", "symlink": "symlink"}
 @contextmanager
 def stack_of(contents: list[Content], dialects: list[Dialect | None]) -> Iterator[Stack]:
     """A read-only stack of layers, each written as its dialect says; None: as a tar."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
     base = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     inos = InoMap()
     layers: list[Layer] = []
     try:
         for number, (content, dialect) in enumerate(zip(contents, dialects, strict=True)):
             if dialect is None:
-                layers.append(as_tar(content, number))
+                layer = as_tar(content, number)
+                layer.fd = nothing  # its files are asked for their holes
+                layers.append(layer)
             else:
                 layers.append(as_directory(content, base / str(number), inos, dialect))
         yield Stack(layers, None, Params(read_only=True), kernel_userxattr=False)
     finally:
+        os.close(nothing)
         for one in layers:
             if isinstance(one, DirLayer):
                 one.close()

@@ -264,6 +264,19 @@ def test_link_to_a_lower_layer_in_an_image_is_followed(scratch: Path, mounted: M
     assert explained(mountpoint, "/absolute/target")["resolved"] == "/dir/target"
 
 
+def test_an_image_whose_data_is_gone_is_explained_with_a_note(
+    scratch: Path, mounted: Mount, linked_image: Path
+) -> None:
+    """Names and rules are in the index; what cannot be copied up any more is said."""
+    mountpoint = mounted("--upper", scratch / "up", linked_image)
+    os.truncate(linked_image, 5000)
+
+    facts = explained(mountpoint, "/dir/target")
+    assert facts["object"]["kind"] == "regular file"
+    assert facts["write"] is None
+    assert facts["notes"][0].startswith("it could not be copied up now: ")
+
+
 # ---- symlinks --------------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,10 @@ import json
 import subprocess
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from conftest import ROOT, SmallImage
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.slow]
 
@@ -39,7 +37,7 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def image(small_image: Callable[..., Path]) -> Path:
+def image(small_image: SmallImage) -> Path:
     """Two layers, with enough files to change, and a whiteout."""
     files: dict[str, bytes | str | None] = {f"srv/f{number}": b"%300d" % number for number in range(20)}
     return small_image({"usr": None, "usr/lib": None, "srv": None} | files, {"srv": None, "srv/.wh.f7": b""})
