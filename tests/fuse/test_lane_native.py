@@ -32,8 +32,8 @@ GONE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.EINVAL, errno.EXDEV, errno.EPERM)
 )
 
-# Arguments: base, "native" or "python".  Prints "ready"; after each line of stdin the messages by
-# opcode (forwarded + extra, answered), nodes, and what is kept for inodes without a name.  At the end checks the tree.
+# Arguments: base, "native" or "python".  Prints "ready"; after each line of stdin the messages by opcode (forwarded +
+# extra, answered), nodes, and descriptors of files without a name.  At the end checks the tree.
 SERVER = """
 import json, os, sys, threading
 from ovlfs.fuse import session
@@ -51,7 +51,8 @@ stack = open_stack(Params(lowerdirs=lowers, upperdir=base + b"/upper", workdir=b
 def tell():
     for line in sys.stdin:
         by_opcode = {code: (one + two, three) for code, (one, two, three) in lanes[0].stats()[0].items()}
-        print(json.dumps([by_opcode, len(stack.tree), len(stack.orphans)]), flush=True)
+        files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+        print(json.dumps([by_opcode, len(stack.tree), sum(file.endswith(" (deleted)") for file in files)]), flush=True)
 threading.Thread(target=tell, daemon=True).start()
 session.serve(stack, base + b"/mnt", session.MountOptions(), lambda: print("ready", flush=True))
 stack.tree.check()

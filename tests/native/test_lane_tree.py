@@ -233,8 +233,8 @@ def compile_with(compiler: str, out: Path, *flags: str) -> Path:
 
 @pytest.mark.parametrize(("sanitizers", "threads"), [("address,undefined", 1), ("address,undefined", 4), ("thread", 4)])
 def test_handlers_on_random_and_damaged_messages_are_clean(scratch: Path, sanitizers: str, threads: int) -> None:
-    """No access out of bounds, no leak of memory or descriptors, no race of readers, writers and what Python does to disk
-    and tree; the tree's invariants hold, and all handles of an inode agree about passthrough.
+    """No access out of bounds, no leak of memory or descriptors, no race of readers, writers and what Python does;
+    the tree's invariants hold, and all handles of an inode agree about passthrough.
     """
     program = compile_with("gcc", scratch / "fuzz", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
     for seed in range(1, 5):
