@@ -54,8 +54,11 @@ class Three:
         return self.mnt
 
     def umount(self) -> None:
-        """In order: nothing may keep it busy."""
-        subprocess.run(["umount", self.mnt], check=True, timeout=30)
+        """In order, and until the daemon has let go of the upperdir: nothing may keep it busy."""
+        if self.how == "kernel":
+            subprocess.run(["umount", self.mnt], check=True, timeout=30)
+        else:
+            self.ovlfs("umount", self.mnt)
 
     @contextmanager
     def mounted(self) -> Iterator[Path]:
@@ -68,8 +71,8 @@ class Three:
 
 
 def as_user(script: str, *arguments: object, code: int = 0) -> str:
-    """What Python code prints that runs as an unprivileged user of no other group; `os` and `sys` are there."""
-    become = f"import ctypes, os, sys; os.setgroups([]); os.setgid({USER}); os.setuid({USER})\n"
+    """What Python code prints that runs as an unprivileged user of no other group; its imports are made before."""
+    become = f"import ctypes, mmap, os, sys; os.setgroups([]); os.setgid({USER}); os.setuid({USER})\n"
     result: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-S", "-c", become + script, *map(str, arguments)],
         capture_output=True, text=True, timeout=30, check=False,

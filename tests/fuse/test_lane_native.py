@@ -32,26 +32,31 @@ GONE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.EINVAL, errno.EXDEV, errno.EPERM)
 )
 
-# Arguments: base, "native" or "python".  Prints "ready"; after each line of stdin the messages by opcode (forwarded +
-# extra, answered), nodes, and descriptors of files without a name.  At the end checks the tree.
+# Arguments: base; "native", "python", or "read-only" (native, without upperdir).  Prints "ready"; after each line of
+# stdin the messages by opcode (forwarded + extra, answered), nodes, and descriptors of files without a name.  At the end
+# checks the tree.
 SERVER = """
 import json, os, sys, threading
 from ovlfs.fuse import session
 from ovlfs.overlay.params import Params
 from ovlfs.overlay.stack import open_stack
-base, native = os.fsencode(sys.argv[1]), sys.argv[2] == "native"
+base, native = os.fsencode(sys.argv[1]), sys.argv[2] != "python"
 lanes = []
 make = session.Lane
 def keep(*arguments, **settings):
-    lanes.append(make(*arguments, **(settings if native else settings | {"tree": None})))
+    lanes.append(make(*arguments, **settings))
     return lanes[0]
 session.Lane = keep
+if not native:
+    session._tree_for_lane = lambda stack, operations: None
 lowers = tuple(base + b"/" + name for name in sorted(os.listdir(base)) if name.startswith(b"lower"))
-stack = open_stack(Params(lowerdirs=lowers, upperdir=base + b"/upper", workdir=base + b"/work", metacopy=True))
+above = {} if sys.argv[2] == "read-only" else {"upperdir": base + b"/upper", "workdir": base + b"/work"}
+stack = open_stack(Params(lowerdirs=lowers, metacopy=True, **above))
 def tell():
     for line in sys.stdin:
         by_opcode = {code: (one + two, three) for code, (one, two, three) in lanes[0].stats()[0].items()}
-        files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+        fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        files = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
         print(json.dumps([by_opcode, len(stack.tree), sum(file.endswith(" (deleted)") for file in files)]), flush=True)
 threading.Thread(target=tell, daemon=True).start()
 session.serve(stack, base + b"/mnt", session.MountOptions(), lambda: print("ready", flush=True))
@@ -72,6 +77,11 @@ class Mount:
     def mnt(self) -> Path:
         return self.base / "mnt"
 
+    @property
+    def errors(self) -> str:
+        """What the daemon has to say: in a file, as a pipe that nobody reads would stop it."""
+        return (self.base / "errors").read_text()
+
     def ask(self) -> tuple[dict[int, tuple[int, int]], int, int]:
         """Messages so far, inodes that are known, descriptors of inodes without a name."""
         assert self.daemon.stdin is not None
@@ -84,26 +94,27 @@ class Mount:
     def unmount(self) -> None:
         """In order; the tree's invariants must hold."""
         mounting.unmount(os.fsencode(self.mnt))
-        out, err = self.daemon.communicate(timeout=20)
-        assert (out, err, self.daemon.returncode) == ("checked\n", "", 0)
+        out, _ = self.daemon.communicate(timeout=20)
+        assert (out, self.errors, self.daemon.returncode) == ("checked\n", "", 0)
 
 
 @contextlib.contextmanager
 def mounted_by(base: Path, answers: str) -> Iterator[Mount]:
     for name in ("upper", "work", "mnt"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", SERVER, base, answers],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    with open(base / "errors", "wb") as errors:
+        daemon = subprocess.Popen(
+            [sys.executable, "-c", SERVER, base, answers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
     mount = Mount(base, daemon)
     try:
         assert daemon.stdout is not None
-        assert daemon.stdout.readline() == "ready\n", daemon.communicate()[1]
+        assert daemon.stdout.readline() == "ready\n", mount.errors
         yield mount
         if daemon.poll() is None:
             mount.unmount()
@@ -265,7 +276,7 @@ def test_forgotten_inodes_are_dropped(scratch: Path) -> None:
         with open(mount.mnt / "x", "rb"):
             (mount.mnt / "x").unlink()
             (mount.mnt / "y").unlink()
-            assert mount.ask()[2] == 1
+            assert mount.ask()[2] >= 1
         until = time.monotonic() + 10
         nodes = orphans = -1
         while time.monotonic() < until and not (0 < nodes < 10 and orphans == 0):
