@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,10 @@ GONE = frozenset(
 )
 
 # Arguments: base; "native", "python", or "read-only" (native, without upperdir).  Prints "ready"; after each line of
-# stdin the messages by opcode (forwarded + extra, answered), nodes, and descriptors of files without a name.  At the end
-# checks the tree.
+# stdin the messages by opcode (forwarded + extra, answered), nodes, and descriptors of files without a name.  At the
+# end checks the tree.
 SERVER = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 from ovlfs.fuse import session
 from ovlfs.overlay.params import Params
 from ovlfs.overlay.stack import open_stack
@@ -54,6 +55,10 @@ above = {} if sys.argv[2] == "read-only" else {"upperdir": base + b"/upper", "wo
 stack = open_stack(Params(lowerdirs=lowers, metacopy=True, **above))
 def tell():
     for line in sys.stdin:
+        before = None
+        while before != lanes[0].stats():  # a request is counted after its reply
+            before = lanes[0].stats()
+            time.sleep(0.02)
         by_opcode = {code: (one + two, three) for code, (one, two, three) in lanes[0].stats()[0].items()}
         fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         files = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
@@ -397,3 +402,75 @@ def test_race_of_readers_and_writers_leaves_the_tree_as_it_is_on_disk(scratch: P
 def without_identity(tree: Tree) -> Tree:
     """What a new mount must show again; the number of links of a lower file is only known as far as names are."""
     return {path: {key: value for key, value in line.items() if key != "ino"} for path, line in tree.items()}
+
+
+def every_reader_sees(mount: Mount, check: Callable[[], None], change: Callable[[int], None]) -> None:
+    """Two threads `check` while one changes, for a while."""
+    until = time.monotonic() + RACE_S / 2
+    wrong: list[BaseException] = []
+
+    def run(act: Callable[[int], None]) -> None:
+        number = 0
+        try:
+            while time.monotonic() < until and not wrong:
+                number += 1
+                act(number)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(act,)) for act in (lambda _: check(), lambda _: check(), change)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.fixture(params=["/dev/shm", "/var/tmp"])
+def somewhere(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """In memory, where one thread does nearly everything, and on a disk, where several do."""
+    with tempfile.TemporaryDirectory(prefix="ovlfs-test-", dir=request.param) as base:
+        yield Path(base)
+
+
+def test_replacing_a_file_by_rename_is_atomic_for_readers(somewhere: Path) -> None:
+    """An open finds one version, whole: never none, never the size of one with the data of another."""
+    (somewhere / "lower0").mkdir()
+    with mounted_by(somewhere, "native") as mount:
+        name, new = mount.mnt / "name", mount.mnt / "new"
+        name.write_bytes(b"000000")
+
+        def check() -> None:
+            found = name.read_bytes()
+            assert found == found[:6] * (1 + int(found[:6]) % 50)
+
+        def change(number: int) -> None:
+            new.write_bytes((b"%06d" % number) * (1 + number % 50))
+            new.rename(name)
+
+        every_reader_sees(mount, check, change)
+
+
+def test_directory_that_is_exchanged_keeps_its_files(somewhere: Path) -> None:
+    """What a directory's descriptor leads to is in that directory, whatever its name is by now."""
+    for name in ("A", "B"):
+        (somewhere / "lower0" / name).mkdir(parents=True)
+    with mounted_by(somewhere, "native") as mount, contextlib.ExitStack() as files:
+        at: dict[str, int] = {}
+        for name in ("A", "B"):
+            (mount.mnt / name / "f").write_bytes(name.encode())
+            (mount.mnt / name / "s").symlink_to(name)
+            os.setxattr(mount.mnt / name / "f", "user.name", name.encode())
+            at[name] = os.open(mount.mnt / name, os.O_RDONLY)
+            files.callback(os.close, at[name])
+
+        def check() -> None:
+            for name, directory in at.items():
+                fd = os.open("f", os.O_RDONLY, dir_fd=directory)
+                try:
+                    assert (os.read(fd, 10), os.getxattr(fd, "user.name")) == (name.encode(), name.encode())
+                finally:
+                    os.close(fd)
+                assert os.readlink("s", dir_fd=directory) == name
+
+        every_reader_sees(mount, check, lambda _: exchange(mount.mnt / "A", mount.mnt / "B"))

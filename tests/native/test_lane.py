@@ -27,7 +27,6 @@ LOOKUP, FORGET, READ, WRITE, INIT, READDIR, INTERRUPT, BATCH_FORGET = 1, 2, 15, 
 FALLOCATE, READDIRPLUS, LSEEK, TMPFILE, STATX = 43, 44, 46, 51, 52
 DONT_MASK, MAX_PAGES, INIT_EXT = 1 << 6, 1 << 22, 1 << 30
 WAIT_S = 5.0
-NATIVE = Path(__file__).resolve().parents[2] / "native"
 
 
 def request(opcode: int, unique: int, body: bytes = b"", nodeid: int = 1) -> bytes:

@@ -218,7 +218,8 @@ def test_tree_of_python_is_refused() -> None:
 SOURCES = [
     NATIVE / f"{name}.c"
     for name in (
-        *("fuzz_lane", "fuzz_place", "lane_tree", "lane_file", "lane_change", "lane_xattr", "lane", "gate"),
+        *("fuzz_lane", "fuzz_place", "lane_tree", "lane_file", "lane_data", "lane_change", "lane_copy_up"),
+        *("lane_xattr", "lane_ioctl", "lane_trace", "lane", "gate"),
         *("tree", "tree_data", "merge", "dirlayer", "index", "tarscan", "build"),
     )
 ]
