@@ -428,6 +428,12 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 		}
 	}
 	err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), -1, &out);
+	if (!gated && (err == -ESTALE || err == -ENOENT)) { /* somebody renames: again, when it is over */
+		if (!ovl_gate_change(&fs->gate))
+			return OVL_LANE_PASS;
+		err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags, -1, &out);
+		ovl_gate_changed(&fs->gate);
+	}
 	if (gated) {
 		if (!err && in.flags & O_TRUNC) {
 			err = ovl_lane_truncate_opened(fs, ask->header.nodeid, out.fh, in.open_flags & OPEN_KILL_SUIDGID);

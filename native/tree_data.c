@@ -182,11 +182,13 @@ ovl_err_t ovl_tree_set_live(struct ovl_tree *tree, uint64_t nodeid, int fd)
 
 /* ---- data --------------------------------------------------------------------------------------------- */
 
-/* Opens an object of the upperdir anew, without a name if need be. */
+/* Opens an object of the upperdir anew, without a name if need be.  Whoever renames changes the disk first and the tree
+ * after, so for a moment a path can lead nowhere, or to another object: -ESTALE then. */
 static int open_upper(const struct ovl_tree *tree, const struct node *node, int flags)
 {
 	const struct kept *kept = ovl_node_kept(node);
 	char proc[sizeof("/proc/self/fd/2147483647")];
+	struct stat st;
 	uint8_t *path;
 	size_t len;
 	ovl_err_t err;
@@ -203,6 +205,12 @@ static int open_upper(const struct ovl_tree *tree, const struct node *node, int 
 		return err;
 	fd = ovl_dirlayer_open(&tree->stack.layers[0].dir, path, len, flags);
 	free(path);
+	if (fd == -ENOENT || fd == -ENOTDIR)
+		return -ESTALE;
+	if (fd >= 0 && (fstat(fd, &st) != 0 || st.st_ino != node->upper_ino)) {
+		close(fd);
+		return -ESTALE;
+	}
 	return fd;
 }
 

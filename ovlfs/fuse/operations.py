@@ -459,7 +459,7 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
 
     @_handler
-    async def open(self, inode: "InodeT", flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:  # noqa: ARG002
+    async def open(self, inode: "InodeT", flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """FUSE_OPEN: for writing, the data is copied up first.  O_TRUNC comes here, not as a setattr."""
         target = self._get(inode)
         if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
@@ -473,7 +473,10 @@ class Operations(pyfuse3.Operations):
                 pyfuse3.invalidate_inode(inode, attr_only=True)
             if truncate:
                 # O_TRUNC sets the times also of a file that was empty.
-                attr.set_(self._stack, target, attr.Change(size=0, mtime_ns=time.time_ns()))
+                change = attr.Change(size=0, mtime_ns=time.time_ns())
+                if self.opens_itself and ctx.uid != 0:
+                    change = replace(change, permissions=_without_privileges(target.attr.mode))
+                attr.set_(self._stack, target, change)
             return self._open(target, flags)
 
     @_handler
@@ -519,6 +522,16 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: "FileHandleT") -> None:
         """FUSE_RELEASE."""
         self._handles.pop(fh).close()
+
+
+def _without_privileges(mode: int) -> int | None:
+    """The permissions that a file has left when somebody without CAP_FSETID truncates it by opening it; None: all.
+
+    The kernel leaves that to us (fs/fuse/dir.c: fuse_do_setattr(), ATTR_OPEN: no SETATTR follows an open with O_TRUNC),
+    unlike a write or a truncation.  Kernel: fs/attr.c: setattr_should_drop_suidgid().
+    """
+    taken = mode & (stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+    return stat.S_IMODE(mode & ~taken) if taken else None
 
 
 def _attributes(shown: Attr) -> pyfuse3.EntryAttributes:

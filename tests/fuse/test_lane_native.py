@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,26 +33,36 @@ GONE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.EINVAL, errno.EXDEV, errno.EPERM)
 )
 
-# Arguments: base, "native" or "python".  Prints "ready"; after each line of stdin the messages by
-# opcode (forwarded + extra, answered), nodes, and what is kept for inodes without a name.  At the end checks the tree.
+# Arguments: base; "native", "python", or "read-only" (native, without upperdir).  Prints "ready"; after each line of
+# stdin the messages by opcode (forwarded + extra, answered), nodes, and descriptors of files without a name.  At the
+# end checks the tree.
 SERVER = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 from ovlfs.fuse import session
 from ovlfs.overlay.params import Params
 from ovlfs.overlay.stack import open_stack
-base, native = os.fsencode(sys.argv[1]), sys.argv[2] == "native"
+base, native = os.fsencode(sys.argv[1]), sys.argv[2] != "python"
 lanes = []
 make = session.Lane
 def keep(*arguments, **settings):
-    lanes.append(make(*arguments, **(settings if native else settings | {"tree": None})))
+    lanes.append(make(*arguments, **settings))
     return lanes[0]
 session.Lane = keep
+if not native:
+    session._tree_for_lane = lambda stack, operations: None
 lowers = tuple(base + b"/" + name for name in sorted(os.listdir(base)) if name.startswith(b"lower"))
-stack = open_stack(Params(lowerdirs=lowers, upperdir=base + b"/upper", workdir=base + b"/work", metacopy=True))
+above = {} if sys.argv[2] == "read-only" else {"upperdir": base + b"/upper", "workdir": base + b"/work"}
+stack = open_stack(Params(lowerdirs=lowers, metacopy=True, **above))
 def tell():
     for line in sys.stdin:
+        before = None
+        while before != lanes[0].stats():  # a request is counted after its reply
+            before = lanes[0].stats()
+            time.sleep(0.02)
         by_opcode = {code: (one + two, three) for code, (one, two, three) in lanes[0].stats()[0].items()}
-        print(json.dumps([by_opcode, len(stack.tree), len(stack.orphans)]), flush=True)
+        fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        files = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
+        print(json.dumps([by_opcode, len(stack.tree), sum(file.endswith(" (deleted)") for file in files)]), flush=True)
 threading.Thread(target=tell, daemon=True).start()
 session.serve(stack, base + b"/mnt", session.MountOptions(), lambda: print("ready", flush=True))
 stack.tree.check()
@@ -71,6 +82,11 @@ class Mount:
     def mnt(self) -> Path:
         return self.base / "mnt"
 
+    @property
+    def errors(self) -> str:
+        """What the daemon has to say: in a file, as a pipe that nobody reads would stop it."""
+        return (self.base / "errors").read_text()
+
     def ask(self) -> tuple[dict[int, tuple[int, int]], int, int]:
         """Messages so far, inodes that are known, descriptors of inodes without a name."""
         assert self.daemon.stdin is not None
@@ -83,26 +99,27 @@ class Mount:
     def unmount(self) -> None:
         """In order; the tree's invariants must hold."""
         mounting.unmount(os.fsencode(self.mnt))
-        out, err = self.daemon.communicate(timeout=20)
-        assert (out, err, self.daemon.returncode) == ("checked\n", "", 0)
+        out, _ = self.daemon.communicate(timeout=20)
+        assert (out, self.errors, self.daemon.returncode) == ("checked\n", "", 0)
 
 
 @contextlib.contextmanager
 def mounted_by(base: Path, answers: str) -> Iterator[Mount]:
     for name in ("upper", "work", "mnt"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", SERVER, base, answers],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    with open(base / "errors", "wb") as errors:
+        daemon = subprocess.Popen(
+            [sys.executable, "-c", SERVER, base, answers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
     mount = Mount(base, daemon)
     try:
         assert daemon.stdout is not None
-        assert daemon.stdout.readline() == "ready\n", daemon.communicate()[1]
+        assert daemon.stdout.readline() == "ready\n", mount.errors
         yield mount
         if daemon.poll() is None:
             mount.unmount()
@@ -264,7 +281,7 @@ def test_forgotten_inodes_are_dropped(scratch: Path) -> None:
         with open(mount.mnt / "x", "rb"):
             (mount.mnt / "x").unlink()
             (mount.mnt / "y").unlink()
-            assert mount.ask()[2] == 1
+            assert mount.ask()[2] >= 1
         until = time.monotonic() + 10
         nodes = orphans = -1
         while time.monotonic() < until and not (0 < nodes < 10 and orphans == 0):
@@ -385,3 +402,75 @@ def test_race_of_readers_and_writers_leaves_the_tree_as_it_is_on_disk(scratch: P
 def without_identity(tree: Tree) -> Tree:
     """What a new mount must show again; the number of links of a lower file is only known as far as names are."""
     return {path: {key: value for key, value in line.items() if key != "ino"} for path, line in tree.items()}
+
+
+def every_reader_sees(mount: Mount, check: Callable[[], None], change: Callable[[int], None]) -> None:
+    """Two threads `check` while one changes, for a while."""
+    until = time.monotonic() + RACE_S / 2
+    wrong: list[BaseException] = []
+
+    def run(act: Callable[[int], None]) -> None:
+        number = 0
+        try:
+            while time.monotonic() < until and not wrong:
+                number += 1
+                act(number)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(act,)) for act in (lambda _: check(), lambda _: check(), change)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.fixture(params=["/dev/shm", "/var/tmp"])
+def somewhere(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """In memory, where one thread does nearly everything, and on a disk, where several do."""
+    with tempfile.TemporaryDirectory(prefix="ovlfs-test-", dir=request.param) as base:
+        yield Path(base)
+
+
+def test_replacing_a_file_by_rename_is_atomic_for_readers(somewhere: Path) -> None:
+    """An open finds one version, whole: never none, never the size of one with the data of another."""
+    (somewhere / "lower0").mkdir()
+    with mounted_by(somewhere, "native") as mount:
+        name, new = mount.mnt / "name", mount.mnt / "new"
+        name.write_bytes(b"000000")
+
+        def check() -> None:
+            found = name.read_bytes()
+            assert found == found[:6] * (1 + int(found[:6]) % 50)
+
+        def change(number: int) -> None:
+            new.write_bytes((b"%06d" % number) * (1 + number % 50))
+            new.rename(name)
+
+        every_reader_sees(mount, check, change)
+
+
+def test_directory_that_is_exchanged_keeps_its_files(somewhere: Path) -> None:
+    """What a directory's descriptor leads to is in that directory, whatever its name is by now."""
+    for name in ("A", "B"):
+        (somewhere / "lower0" / name).mkdir(parents=True)
+    with mounted_by(somewhere, "native") as mount, contextlib.ExitStack() as files:
+        at: dict[str, int] = {}
+        for name in ("A", "B"):
+            (mount.mnt / name / "f").write_bytes(name.encode())
+            (mount.mnt / name / "s").symlink_to(name)
+            os.setxattr(mount.mnt / name / "f", "user.name", name.encode())
+            at[name] = os.open(mount.mnt / name, os.O_RDONLY)
+            files.callback(os.close, at[name])
+
+        def check() -> None:
+            for name, directory in at.items():
+                fd = os.open("f", os.O_RDONLY, dir_fd=directory)
+                try:
+                    assert (os.read(fd, 10), os.getxattr(fd, "user.name")) == (name.encode(), name.encode())
+                finally:
+                    os.close(fd)
+                assert os.readlink("s", dir_fd=directory) == name
+
+        every_reader_sees(mount, check, lambda _: exchange(mount.mnt / "A", mount.mnt / "B"))

@@ -303,7 +303,7 @@ def test_notifications_pass_beside_replies(bench: Bench) -> None:
 
 
 def test_full_session_socket_holds_requests_back_and_loses_none() -> None:
-    """The reader waits for a slow session; extra replies and the session's pass meanwhile."""
+    """Readers wait for a slow session, in no order among them; extra replies and the session's pass meanwhile."""
     with laned() as bench:
         bench.kernel.send(request(READ, 2, b"r" * 40))
         bench.extra()
@@ -325,20 +325,21 @@ def test_full_session_socket_holds_requests_back_and_loses_none() -> None:
         bench.session.send(reply(100))
         assert bench.kernel.recv(4096) == reply(100)
 
-        uniques = [IN.unpack_from(bench.session.recv(1 << 20))[2] for _ in range(sent)]
+        uniques = sorted(IN.unpack_from(bench.session.recv(1 << 20))[2] for _ in range(sent))
         assert uniques == [100 + number for number in range(sent)]
 
 
 def test_full_queue_holds_requests_back_and_loses_none() -> None:
-    """The reader waits for a slow Python; then everything comes, in order."""
+    """Readers wait for a slow Python, in no order among them; then everything comes, once."""
     with laned(queue_count=4, queue_bytes=1 << 20) as bench:
         for number in range(40):
             bench.kernel.send(request(FALLOCATE, 2 + number, b"f" * 32))
         assert is_readable(bench.lane.extra_fd)
 
-        got = [bench.extra()[1] for _ in range(40)]
+        got = sorted(bench.extra()[1] for _ in range(40))
 
         assert got == [2 + number for number in range(40)]
+        assert bench.lane.receive() is None
 
 
 def test_queue_takes_a_request_larger_than_its_limit_when_it_is_empty() -> None:
@@ -346,7 +347,7 @@ def test_queue_takes_a_request_larger_than_its_limit_when_it_is_empty() -> None:
     with laned(queue_bytes=10) as bench:
         for unique in (2, 4):
             bench.kernel.send(request(WRITE, unique, b"a" * 40 + b"data"))
-        assert [bench.extra()[1], bench.extra()[1]] == [2, 4]
+        assert sorted((bench.extra()[1], bench.extra()[1])) == [2, 4]
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -415,7 +416,8 @@ def test_lane_survives_every_error_of_the_device(tmp_path: Path, sanitizer: str)
     compiled = subprocess.run(
         [
             "cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", f"-fsanitize={sanitizer}",
-            "-I", NATIVE, here / "test_lane_faults.c", NATIVE / "lane_trace.c", "-o", program, "-lpthread",
+            "-I", NATIVE, here / "test_lane_faults.c", NATIVE / "gate.c", NATIVE / "lane_trace.c", "-o", program,
+            "-lpthread",
         ],
         check=False, capture_output=True, text=True,
     )  # fmt: skip

@@ -12,7 +12,10 @@ from ovlfs import _native
 
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parents[1] / "native"
-SOURCES = [HERE / "tree_stress.c", *(NATIVE / name for name in ("tree.c", "merge.c", "dirlayer.c", "index.c"))]
+SOURCES = [
+    HERE / "tree_stress.c",
+    *(NATIVE / name for name in ("tree.c", "tree_data.c", "merge.c", "dirlayer.c", "index.c")),
+]
 FLAGS = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread", f"-I{NATIVE}"]
 
 
