@@ -103,7 +103,7 @@ static ssize_t read_tar(struct ovl_lane_reader *reader, const struct ovl_layer *
 	return (ssize_t)size;
 }
 
-/* -EREMCHG: the file that the layer lies in was changed. */
+/* -EREMCHG: the file that the layer lies in was changed; Python decides. */
 static ssize_t read_lower(struct ovl_lane_reader *reader, const struct ovl_lane_file *file, unsigned char *to, size_t size,
 			  uint64_t offset)
 {
@@ -121,7 +121,10 @@ static ssize_t read_lower(struct ovl_lane_reader *reader, const struct ovl_lane_
 	return got >= 0 && (size_t)got < size ? -EIO : got; /* the layer is shorter than it was */
 }
 
-/* The descriptor of the upper file, for a handle that was opened before the copy-up; -1: there was none so far. */
+#define IS_MOVING (-2)
+
+/* The descriptor of the upper file, for a handle that was opened before the copy-up; -1: there was none so far; IS_MOVING:
+ * there was one, but it is being renamed just now, so Python has to look. */
 static int follow_copy_up(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
 {
 	int fd = atomic_load(&file->followed), none = -1;
@@ -130,7 +133,7 @@ static int follow_copy_up(struct ovl_lane_fs *fs, struct ovl_lane_file *file)
 	if (fd >= 0 || !ovl_tree_has_upper_data(fs->tree, file->nodeid))
 		return fd;
 	if (ovl_tree_open_data(fs->tree, file->nodeid, O_RDONLY, &data))
-		return -1; /* the lower file still says what it said */
+		return IS_MOVING;
 	if (!data.upper) {
 		if (data.fd >= 0)
 			close(data.fd);
@@ -153,6 +156,8 @@ static ssize_t read_file(const struct ovl_lane_ask *ask, struct ovl_lane_file *f
 	if (err)
 		return err;
 	fd = file->upper ? file->fd : follow_copy_up(ask->fs, file);
+	if (fd == IS_MOVING)
+		return -EREMCHG;
 	return fd >= 0 ? read_all(reader, fd, to, size, offset) : read_lower(reader, file, to, size, offset);
 }
 
@@ -453,6 +458,8 @@ static ssize_t copy_some(const struct ovl_lane_ask *ask, struct ovl_lane_file *f
 	if (err)
 		return err;
 	fd = from->upper ? from->fd : follow_copy_up(ask->fs, from);
+	if (fd == IS_MOVING)
+		return -EREMCHG;
 	if (fd < 0 && !from->tar)
 		fd = from->fd;
 	if (fd >= 0) {
