@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def is_readable(fd: int, wait_s: float = WAIT_S) -> bool:
 
 @contextlib.contextmanager
 def laned(
-    *, start: bool = True, tree: Tree | None = None, trace: Trace | None = None, **limits: int
+    *, start: bool = True, tree: Tree | None = None, trace: Trace | None = None, **limits: Any
 ) -> Iterator[Bench]:
     device, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
