@@ -13,7 +13,7 @@ about containers that no longer exist (`container`, `container_config`, `docker_
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Request:
 
     dockerfile: Dockerfile
     context: bytes
-    ignore: Ignore = field(default_factory=lambda: Ignore([]))
+    ignore: Ignore = field(default_factory=Ignore)
     build_args: Mapping[str, str] = field(default_factory=dict)
     target: str | None = None
     platform: Platform | None = None
@@ -157,7 +157,8 @@ class Builder:
         with self._closing:
             for number, instruction in enumerate(instructions, 1):
                 self.tell(f"Step {number}/{len(instructions)} : {_shown(instruction.original)}")
-                self._guarded(instruction, lambda one=instruction: self._instruction(one))  # type: ignore[misc]
+                with self._at(instruction):
+                    self._instruction(instruction)
         for name in self.arguments.unused():
             self.tell(f"[Warning] build-arg {printable(name)} was not consumed")
         stage = self.stages[-1]
@@ -175,10 +176,11 @@ class Builder:
                 return instructions[: begins[number + 1]] if number + 1 < len(begins) else instructions
         raise DockerfileError(self.file.where, 0, f"target stage '{printable(target[:100])}' could not be found")
 
-    def _guarded(self, instruction: Instruction, work: Callable[[], None]) -> None:
-        """Do the work of an instruction; what goes wrong names its line."""
+    @contextlib.contextmanager
+    def _at(self, instruction: Instruction) -> Iterator[None]:
+        """What goes wrong in the block names the line of the instruction."""
         try:
-            work()
+            yield
         except DockerfileError:
             raise
         except OvlfsError as error:
@@ -212,14 +214,14 @@ class Builder:
                 self.tell(" ---> Using cache")
             else:
                 diff_id = None if change.make is None else change.make()
-                record = Record(new_config.timestamp(), change.created_by, diff_id)
+                record = Record(new_config.timestamp(), diff_id)
                 self.cache.keep(key, record)
-        stage.layers = self.workshop.on_top(stage.layers, record.diff_id, record.created_by)
+        stage.layers = self.workshop.on_top(stage.layers, record.diff_id, change.created_by)
         stage.document = new_config.extended(
             stage.document | {"config": change.settings},
             [layer.diff_id for layer in stage.layers],
             created=record.created,
-            created_by=record.created_by,
+            created_by=change.created_by,
             author=stage.author,
             empty_layer=record.diff_id is None,
         )
@@ -319,7 +321,8 @@ class Builder:
             self.tell(f"# Executing {len(triggers)} build trigger{'s' if len(triggers) > 1 else ''}")
         for trigger in triggers:
             inner = parse_trigger(trigger, instruction.line, self.file.where, self.file.escape)
-            self._guarded(inner, lambda one=inner: self._step(one))  # type: ignore[misc]
+            with self._at(inner):
+                self._step(inner)
 
     def _base(self, base: str, platform: Platform | None) -> tuple[dict[str, Any], tuple[LayerBlob, ...]]:
         earlier = self._stage_called(base)
@@ -372,7 +375,7 @@ class Builder:
         if network not in _NETWORKS:
             raise WordError(f"--network={printable(network[:40])} should be default, host or none")
         argv, script = _run_words(instruction, settings, self.file.escape)
-        if not argv:
+        if not argv or not instruction.rest:
             raise WordError("requires a command")
         env, told = self.arguments.for_run(config_of.env_of(settings))
         created_by = " ".join([f"|{len(told)}", *told, *argv] if told else argv)
@@ -380,6 +383,7 @@ class Builder:
         def make() -> DiffId | None:
             config = parse_config(stage.raw, stage.where)
             check_platform(config, stage.where)
+            self._runner.enter()
             pairs = tuple(f"{name}={value}" for name, value in env.items())
             command = Command(tuple(argv), pairs, script, _NETWORKS[network])
             with self.workshop.upper(stage.layers) as upper:
@@ -414,7 +418,7 @@ class Builder:
                 text = words.expand_text(heredoc.text, scope.variables, self.file.escape)
                 content = text if heredoc.expand else heredoc.text
                 directory = transfer.heredoc_directory(heredoc, content, self.workshop.room(scope.closing))
-                inline = scope.closing.enter_context(trees.context(directory, Ignore([])))
+                inline = scope.closing.enter_context(trees.context(directory, Ignore()))
                 items += transfer.find_items(inline, heredoc.name, owners=False, missing="")
             else:
                 items += transfer.find_items(source, word, owners=keep_owners, missing=missing)

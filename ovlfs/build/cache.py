@@ -36,7 +36,6 @@ class Record:
     """What a step made.  `created` as configs have it (RFC 3339); `diff_id` None: no layer."""
 
     created: str
-    created_by: str
     diff_id: DiffId | None
 
 
@@ -65,11 +64,7 @@ class Cache:
         try:
             found = json.loads(raw)
             diff_id = found["diff_id"]
-            record = Record(
-                str(found["created"]),
-                str(found["created_by"]),
-                None if diff_id is None else DiffId(parse_digest(diff_id, "cache")),
-            )
+            record = Record(str(found["created"]), None if diff_id is None else DiffId(parse_digest(diff_id, "cache")))
         except (ValueError, KeyError, TypeError, ImageError):  # torn by a crash: as if it was not there
             return None
         if record.diff_id is not None and not is_verified(
@@ -80,7 +75,7 @@ class Cache:
 
     def keep(self, key: str, record: Record) -> None:
         """Remember what a step made."""
-        words = {"created": record.created, "created_by": record.created_by, "diff_id": record.diff_id}
+        words = {"created": record.created, "diff_id": record.diff_id}
         with self._store.create(self._name(key)) as temp:
             write_all(temp.fd, json.dumps(words).encode("utf-8", "surrogatepass"))
             self._store.commit(temp, durable=False)

@@ -9,6 +9,7 @@ Spec: docker build reference, ".dockerignore files"; moby/patternmatcher: Matche
 
 import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ovlfs.errors import OvlfsError, printable
@@ -27,17 +28,24 @@ class _Pattern:
 
 
 class Ignore:
-    """The patterns of one .dockerignore."""
+    """The patterns of one .dockerignore, and one path that is left out whatever they say (the image being written)."""
 
-    def __init__(self, patterns: list[_Pattern]) -> None:
+    def __init__(self, patterns: Sequence[_Pattern] = (), output: str | None = None) -> None:
         self._patterns = patterns
+        self._output = output
         self.has_exceptions = any(pattern.negated for pattern in patterns)
 
     def __bool__(self) -> bool:
-        return bool(self._patterns)
+        return bool(self._patterns) or self._output is not None
+
+    def without(self, output: str) -> "Ignore":
+        """The same, with one more path left out."""
+        return Ignore(self._patterns, output)
 
     def ignored(self, path: str) -> bool:
         """Whether the file or directory `path` (relative to the context, without `./`) is left out."""
+        if self._output is not None and (path + "/").startswith(self._output + "/"):
+            return True
         parts = path.split("/")
         paths = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
         out = False

@@ -65,8 +65,8 @@ class Runner:
         self._quiet = quiet
         self._mapping: Mapping | None = None
 
-    def _entered(self) -> Mapping:
-        """The namespaces, entered once.  Precondition: this process has one thread."""
+    def enter(self) -> Mapping:
+        """Enter the namespaces, once, before the upperdir of a RUN is made.  Precondition: we have one thread."""
         if self._mapping is None:
             self._mapping = namespaces.enter()
             self._workshop.keep_owners_in_xattrs = self._mapping.user_namespace
@@ -81,7 +81,7 @@ class Runner:
         Raises:
             MountError, ImageError: it could not be run, or not everything that it wrote is on disk.
         """
-        mapping = self._entered()
+        mapping = self.enter()
         rootfs, state = upper.base + b"/rootfs", upper.base + b"/state"
         for directory in (rootfs, state):
             os.mkdir(directory, 0o700)

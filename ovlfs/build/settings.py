@@ -73,7 +73,7 @@ def command_words(settings: Settings, instruction: Instruction) -> list[str]:
     found = instruction.exec_form()
     if found is not None:
         return found
-    return [*shell_of(settings), instruction.rest] if instruction.rest else []
+    return [*shell_of(settings), *([instruction.rest] if instruction.rest else [])]
 
 
 def change(
@@ -137,8 +137,9 @@ def _cmd(settings: Settings, instruction: Instruction, *_: object) -> str:
 
 
 def _entrypoint(settings: Settings, instruction: Instruction, *_: object) -> str:
-    settings["Entrypoint"] = command_words(settings, instruction)
-    return f"ENTRYPOINT {quote_all(settings['Entrypoint'])}"
+    found = command_words(settings, instruction) if instruction.rest else []
+    settings["Entrypoint"] = found or None
+    return f"ENTRYPOINT {quote_all(found)}"
 
 
 def _expose(settings: Settings, instruction: Instruction, _: Expand, expand_words: Callable[[str], list[str]]) -> str:
@@ -168,13 +169,12 @@ def _ports(spec: str) -> list[str]:
 
 def _volume(settings: Settings, instruction: Instruction, expand: Expand, _: object) -> str:
     found = instruction.exec_form()
-    paths = [expand(path) for path in (instruction.rest.split() if found is None else found)]
-    volumes = dict(settings.get("Volumes") or {})
-    for path in paths:
-        if not path.strip():
-            raise WordError("VOLUME specified can not be an empty string")
-        volumes[path.strip()] = {}
-    settings["Volumes"] = volumes
+    paths = [expand(path).strip() for path in (instruction.rest.split() if found is None else found)]
+    if not paths:
+        raise WordError("VOLUME requires at least one argument")
+    if "" in paths:
+        raise WordError("VOLUME specified can not be an empty string")
+    settings["Volumes"] = dict(settings.get("Volumes") or {}) | {path: {} for path in paths}
     return f"VOLUME [{' '.join(paths)}]"
 
 

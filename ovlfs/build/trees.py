@@ -125,7 +125,7 @@ class Source:
     """A tree to take files from."""
 
     stack: Stack
-    ignore: Ignore = field(default_factory=lambda: Ignore([]))
+    ignore: Ignore = field(default_factory=Ignore)
 
     def find(self, path: bytes) -> Found | None:
         """What `path` leads to; None: nothing, or something that is left out."""

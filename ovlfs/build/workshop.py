@@ -22,7 +22,7 @@ from ovlfs.ids import ROOT_NODEID, DiffId
 from ovlfs.image import layer_tar
 from ovlfs.image.blob_writer import BlobWriter
 from ovlfs.image.files import FileIdentity
-from ovlfs.image.form import WHOLE
+from ovlfs.image.form import WHOLE, is_verified
 from ovlfs.image.image import LayerBlob
 from ovlfs.image.store import Store
 from ovlfs.layer import merge
@@ -122,10 +122,12 @@ class Workshop:
             layer_tar.write(entries, writer.write)
             writer.finish()
             diff_id = writer.diff_id
+            temp.target = store.layer_name(diff_id)
             with store.lock(diff_id):
-                temp.target = store.layer_name(diff_id)
-                store.commit(temp)
-                store.remember(WHOLE, FileIdentity.of(temp.fd), diff_id)
+                # Another build may have made the same, and be reading it: what is there stays there.
+                if not is_verified(store, temp.target, diff_id):
+                    store.commit(temp)
+                    store.remember(WHOLE, FileIdentity.of(temp.fd), diff_id)
         return diff_id, skipped
 
     def on_top(self, layers: Sequence[LayerBlob], diff_id: DiffId | None, created_by: str) -> list[LayerBlob]:

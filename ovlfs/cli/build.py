@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ovlfs.image.commit import parse_output  # noqa: PLC0415
 
     output = None if args.tag is None else parse_output(args.tag)
-    request = _request(args)
+    request = _request(args, None if output is None else output.path)
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
@@ -70,7 +70,7 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _request(args: argparse.Namespace) -> "Request":
+def _request(args: argparse.Namespace, output: bytes | None) -> "Request":
     from ovlfs.build.builder import Request  # noqa: PLC0415
     from ovlfs.image.platform import parse_platform  # noqa: PLC0415
 
@@ -84,7 +84,7 @@ def _request(args: argparse.Namespace) -> "Request":
     return Request(
         _dockerfile(args.file, context),
         context,
-        _ignore(args.file, context),
+        _ignore(args.file, context, output),
         {name: value for name, value in given.items() if value is not None},
         args.target,
         parse_platform(args.platform) if args.platform else None,
@@ -106,16 +106,24 @@ def _dockerfile(typed: str | None, context: bytes) -> "Dockerfile":
     return parse(raw, "Dockerfile" if typed is None else printable(typed))
 
 
-def _ignore(typed: str | None, context: bytes) -> "Ignore":
-    """`FILE.dockerignore` beside a Dockerfile that was named, else .dockerignore in the context."""
+def _ignore(typed: str | None, context: bytes, output: bytes | None) -> "Ignore":
+    """`FILE.dockerignore` beside a Dockerfile that was named, else .dockerignore in the context.
+
+    What is written is never part of the context: the next build would find it there, and copy it.
+    """
     from ovlfs.build.ignore import MAX_BYTES, parse_ignore  # noqa: PLC0415
 
-    if typed not in (None, "-"):
-        assert typed is not None
+    raw, where = None, ".dockerignore"
+    if typed is not None and typed != "-":
+        where = f"{printable(typed)}.dockerignore"
         raw = _read(os.fsencode(typed) + b".dockerignore", MAX_BYTES)
-        if raw is not None:
-            return parse_ignore(raw, f"{printable(typed)}.dockerignore")
-    return parse_ignore(_read(os.path.join(context, b".dockerignore"), MAX_BYTES) or b"", ".dockerignore")
+    if raw is None:
+        raw, where = _read(os.path.join(context, b".dockerignore"), MAX_BYTES), ".dockerignore"
+    found = parse_ignore(raw or b"", where)
+    inside = None if output is None else os.path.relpath(os.path.realpath(output), os.path.realpath(context))
+    if inside is None or inside == b"." or inside.split(b"/")[0] == b"..":
+        return found
+    return found.without(os.fsdecode(inside))
 
 
 def _read(path: bytes, limit: int) -> bytes | None:

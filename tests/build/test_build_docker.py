@@ -190,3 +190,73 @@ def test_triggers_and_what_an_entrypoint_resets(builds: Builds, docker: Docker) 
     docker.run("load", "-i", os.fsdecode(base.path))
     text = "ARG base\nFROM $base\nLABEL x=y\nENTRYPOINT y\nWORKDIR /trail/\n"
     check_same(builds, docker, text, "--build-arg", "base=base.tar", base=f"built:{builds.count}")
+
+
+ODD = r"""
+FROM scratch
+COPY one.txt /base
+ENV x=1
+ENV a b c
+ENV a="b c" d='e f' g=h\ i
+ENV a=b\
+ c=d
+ENV a= b="" c=$x$$x \$d=e "a b"=c
+ENV e=${b:-x\ y} f==b
+ENV h "b c" 'd'
+ENV i b\ c
+ENV j=b#c
+LABEL "com.example"="x" a=b\
+c
+LABEL b "c" d
+CMD
+CMD []
+CMD ["a", "b",]
+CMD ["a" "b"]
+CMD ['a']
+CMD [ "a" ]
+CMD   echo   x  y
+CMD ["\u00e9é\n\t\\"]
+CMD echo \
+  x
+ENTRYPOINT []
+ENTRYPOINT
+ENTRYPOINT [""]
+EXPOSE 127.0.0.1:80:90 8080:81 83/TCP 84/sctp "85" 00086
+VOLUME a b
+VOLUME ["c", " d "]
+VOLUME /a/../b
+USER a b
+USER "c d"
+USER 1:2:3
+WORKDIR a/../b
+WORKDIR /a/../b/
+WORKDIR /a//b
+WORKDIR "a b"
+WORKDIR c d
+WORKDIR ./
+WORKDIR ..
+WORKDIR \$x
+STOPSIGNAL 9
+STOPSIGNAL kill
+STOPSIGNAL RTMAX-3
+HEALTHCHECK none
+HEALTHCHECK cmd a
+HEALTHCHECK --interval=1.5h --retries=2147483647 CMD ["a"]
+SHELL ["a"]
+ONBUILD cmd a
+ONBUILD   RUN   a   b
+ONBUILD ADD f /
+ARG a b="b c" "c"=d e=$x
+MAINTAINER "a b"
+COPY "one.txt" /
+COPY   one.txt  ./x/..
+COPY one.txt nope/
+copy one.txt /$x/y
+COPY . /all
+COPY dir/.. /up
+"""
+
+
+def test_odd_spellings(builds: Builds, docker: Docker) -> None:
+    """Config and history of what docker accepts, however strange it is."""
+    fill(builds.context, {"one.txt": b"1", "dir/f": b"2"})

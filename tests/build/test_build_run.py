@@ -4,6 +4,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from helpers_build import Builds, Ovlfs, fill, history, rootfs, run_config
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
+ROOT = Path(__file__).parent.parent.parent
 ENGINES = {"crun": (), "chroot": ("--chroot",)}
 
 
@@ -61,7 +64,10 @@ def test_run_forms_and_what_they_see(builds: Builds, engine: str) -> None:
 
 def test_a_run_leaves_only_its_changes(builds: Builds) -> None:
     """No mountpoints, no resolv.conf; a step that changes nothing makes no layer."""
-    (builds.context / "busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    with tarfile.open(rootfs()) as archive:
+        busybox = archive.extractfile("./usr/bin/busybox")
+        assert busybox is not None
+        (builds.context / "busybox").write_bytes(busybox.read())
     os.chmod(builds.context / "busybox", 0o755)
     text = (
         'FROM scratch\nCOPY busybox /b/\nRUN ["/b/busybox", "true"]\n'
@@ -159,6 +165,21 @@ def test_a_damaged_or_missing_layer_is_made_again(builds: Builds) -> None:
     assert builds.config(BASE).diff_ids == first.diff_ids
 
 
+def test_builds_at_the_same_time_share_the_store(builds: Builds) -> None:
+    (builds.context / "Dockerfile").write_text(BASE + "RUN echo x > /x\nCMD y\n")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ovlfs.cli.main", "build", "-q", builds.context],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    assert [(len(build.communicate()[0]), build.returncode) for build in running] == [(len("sha256:") + 65, 0)] * 3
+    assert all(cached(builds.run(BASE + "RUN echo x > /x\nCMD y\n"))[1:])
+
+
 # ---- stages, bases, triggers -----------------------------------------------------------------------------------------
 
 
@@ -210,6 +231,7 @@ def test_a_base_for_another_machine_can_be_copied_to_but_not_run(builds: Builds)
     assert "its programs cannot be run" in builds.run(base + "RUN true\n", code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_output_is_read_by_others(builds: Builds, ovlfs: Ovlfs) -> None:
     """A docker-archive and an OCI layout: skopeo reads both, and sees the config that we wrote."""
     text = BASE + 'ENV a=1\nRUN echo x > /x\nENTRYPOINT ["/bin/sh"]\n'
@@ -224,6 +246,17 @@ def test_the_output_is_read_by_others(builds: Builds, ovlfs: Ovlfs) -> None:
     assert json.loads(seen[0])["config"]["Env"][1:] == ["a=1"]
     subprocess.run(["umoci", "unpack", "--image", f"{layout}:v1", builds.scratch / "bundle"], check=True)
     assert (builds.scratch / "bundle/rootfs/x").read_text() == "x\n"
+
+
+def test_the_output_is_no_part_of_the_context(builds: Builds) -> None:
+    """Or each build would copy the image of the one before, and no COPY of everything would come from the cache."""
+    (builds.context / "f").write_bytes(b"")
+    text = "FROM scratch\nCOPY . /\n"
+    for out in ("o.tar", "layout/"):
+        builds.run(text, "-t", f"{builds.context}/{out}")
+        assert all(cached(builds.run(text, "-t", f"{builds.context}/{out}"))[1:])
+        assert builds.ovlfs("ls", f"{builds.context}/{out.rstrip('/')}:/").stdout.split().count("f") == 1
+        subprocess.run(["rm", "-r", builds.context / out], check=True)
 
 
 def test_usage_errors(builds: Builds, ovlfs: Ovlfs) -> None:
