@@ -70,8 +70,9 @@ fail:
 
 static int index_traverse(PyObject *object, visitproc visit, void *arg)
 {
+	/* Not the exporter of our buffer: a memoryview that the collector finds in a cycle with us is cleared before we
+	 * are, and what it maps is unmapped under the C index.  One that is not visited is kept until we release it. */
 	Py_VISIT(Py_TYPE(object));
-	Py_VISIT(((struct index *)object)->view.obj);
 	return 0;
 }
 

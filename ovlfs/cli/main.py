@@ -35,6 +35,7 @@ _VERBS = {
     "lesson": "learn overlays on a real one, by predicting what happens",
     "run": "run a command in an image",
     "bundle": "make a directory that an OCI runtime can run",
+    "build": "build an image from a Dockerfile",
     "version": "print the versions of ovlfs and of what it uses",
 }
 _ALIASES = {"unmount": "umount", "--version": "version", "-V": "version"}

@@ -23,6 +23,8 @@ from ovlfs.errors import LayerError, printable
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_NAME = b".wh..wh..opq"
 NAME_MAX = 255
+PATH_MAX = 4096
+"""What readers take at most (native/tarscan.h: OVL_TAR_PATH_MAX)."""
 
 _BLOCK = 512
 _NANO = 1_000_000_000
@@ -168,6 +170,10 @@ def _header(entry: Entry) -> bytes:
     name = entry.path or b"."
     if kind == stat.S_IFDIR:
         name += b"/"
+    if len(name) > PATH_MAX:
+        raise LayerError(
+            printable(b"/" + name[:60]) + "...", f"a path of {len(name)} bytes is too long for a layer ({PATH_MAX})"
+        )
     records: dict[bytes, bytes] = {}
     typeflag = _TYPES[kind]
     target = entry.target

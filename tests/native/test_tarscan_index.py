@@ -1,5 +1,6 @@
 """The index image: what it answers when it is whole, and that it answers when it is not."""
 
+import gc
 import mmap
 import random
 import threading
@@ -93,6 +94,28 @@ def test_index_in_a_mapping_stays_usable_after_the_name_is_dropped(tmp_path: Pat
     del mapping
 
     assert at(ix, b"s").what == What.OTHER
+
+
+def test_index_in_a_cycle_keeps_its_mapping_until_it_is_gone(tmp_path: Path) -> None:
+    """The collector clears a memoryview that it finds in a cycle, if it may; the index would read unmapped memory."""
+    path = tmp_path / "index"
+    path.write_bytes(image(*PARTS) + bytes(32))
+
+    class Holder:
+        def __init__(self) -> None:
+            with path.open("rb") as file:
+                self.view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))[:-32]
+            self.index = Index(self.view)
+            self.me = self
+
+        def __del__(self) -> None:
+            said.append(at(self.index, b"s").what)
+
+    said: list[int] = []
+    Holder()
+    gc.collect()
+    assert said == [What.OTHER]
+    gc.collect()
 
 
 def test_index_at_any_alignment_reads_the_same() -> None:
