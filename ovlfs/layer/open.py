@@ -61,8 +61,9 @@ class ImageLayer(TarLayer):
         self.where = layer.blob.where
 
     def close(self) -> None:
-        """Close the file.  Nothing may be asked afterwards."""
+        """Close the file, and let go of the index, which may be mapped.  Nothing may be asked afterwards."""
         os.close(self._source.fd)
+        del self.index
 
     def check(self) -> None:
         """Raise OSError (EIO) if the file was changed or truncated since it was verified.
