@@ -29,14 +29,14 @@ _INTERRUPTS = 3
 _PR_SET_PDEATHSIG = 1
 _CHILD_SETUP_FAILED = 125
 
-_NOT_OURS = {
+_NOT_OURS = frozenset((
     signal.SIGKILL, signal.SIGSTOP,  # cannot be taken
     signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT,  # of job control: we stop and go on as everybody
     # our own faults
     signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS, signal.SIGABRT,
     signal.SIGWINCH, signal.SIGURG,  # the terminal tells the runner itself
     signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
-}  # fmt: skip
+))  # fmt: skip
 
 
 def fork(child: Callable[[], NoReturn], mask: set[int]) -> int:
