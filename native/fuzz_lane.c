@@ -24,6 +24,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
 #include <linux/fuse.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -109,6 +110,7 @@ static size_t wanted_size(uint32_t opcode)
 	case FUSE_STATFS:
 		return sizeof(struct fuse_statfs_out);
 	case FUSE_READ: case FUSE_READDIR: case FUSE_READDIRPLUS: case FUSE_READLINK: case FUSE_GETXATTR: case FUSE_LISTXATTR:
+	case FUSE_IOCTL: case OP_STATX:
 		return SIZE_MAX;
 	default:
 		return 0;
@@ -513,6 +515,19 @@ static bool put_file_request(struct worker *worker, uint32_t opcode, uint64_t *n
 		put(body, &in, sizeof(in));
 		break;
 	}
+	case FUSE_IOCTL: {
+		static const uint32_t commands[] = {FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, 0x5401};
+		struct fuse_ioctl_in in = {.fh = handle.fh, .flags = (uint32_t)(next(worker) % 4), .in_size = 4, .out_size = 28};
+		in.cmd = commands[next(worker) % (sizeof(commands) / sizeof(commands[0]))];
+		put(body, &in, sizeof(in));
+		put(body, content, next(worker) % 40);
+		break;
+	}
+	case OP_STATX: {
+		uint64_t in[3] = {next(worker) % 2, handle.fh, next(worker)}; /* flags, handle, flags and mask */
+		put(body, in, sizeof(in));
+		break;
+	}
 	case FUSE_LSEEK: {
 		struct fuse_lseek_in in = {.fh = handle.fh, .offset = small(worker), .whence = (uint32_t)(next(worker) % 6)};
 		put(body, &in, sizeof(in));
@@ -647,7 +662,7 @@ static const uint32_t opcodes[] = {
 	FUSE_OPEN, FUSE_OPEN, FUSE_OPEN, FUSE_CREATE, FUSE_CREATE, FUSE_READ, FUSE_READ, FUSE_WRITE, FUSE_WRITE, FUSE_RELEASE,
 	FUSE_RELEASE, FUSE_FSYNC, FUSE_FALLOCATE, FUSE_LSEEK, FUSE_COPY_FILE_RANGE, OP_COPY_FILE_RANGE_64, FUSE_SETATTR,
 	FUSE_SETATTR, FUSE_MKDIR, FUSE_SYMLINK, FUSE_LINK, FUSE_UNLINK, FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_RENAME2,
-	FUSE_RENAME2, FUSE_GETXATTR, FUSE_LISTXATTR, FUSE_SETXATTR, FUSE_REMOVEXATTR, FUSE_MKNOD, OP_TMPFILE, 63, 64, 4096,
+	FUSE_RENAME2, FUSE_GETXATTR, FUSE_LISTXATTR, FUSE_SETXATTR, FUSE_REMOVEXATTR, FUSE_MKNOD, OP_TMPFILE, FUSE_IOCTL, OP_STATX, 63, 64, 4096,
 };
 
 static void ask(struct worker *worker)

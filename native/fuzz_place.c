@@ -294,6 +294,7 @@ void ovl_place_open(struct ovl_place *place, bool direct, bool is_volatile, bool
 		.may_chown = direct && is_root,
 		.devices = is_root,
 		.is_volatile = is_volatile,
+		.metacopy = direct,
 	};
 
 	signal(SIGXFSZ, SIG_IGN); /* libFuzzer has set it after we did */

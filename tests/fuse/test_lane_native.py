@@ -399,6 +399,56 @@ def test_race_of_readers_and_writers_leaves_the_tree_as_it_is_on_disk(scratch: P
     assert without_identity(known) == without_identity(fresh)
 
 
+# Arguments: mountpoint, what of Race it does, seed.  Prints what went wrong.
+RACER = """
+import sys
+from pathlib import Path
+from test_lane_native import Race
+race = Race(Path(sys.argv[1]))
+race.run(getattr(race, sys.argv[2]), int(sys.argv[3]))
+assert race.done > 20
+print(race.wrong)
+"""
+
+
+@pytest.mark.slow
+def test_race_of_processes_leaves_what_the_kernel_shows(scratch: Path) -> None:
+    """Creates, writes, renames, exchanges, links, chmods, removals and copy-ups by several processes: at the end the
+    mount, a new mount and kernel overlayfs over the same directories show one tree.
+    """
+    base = scratch / "stack"
+    for path in ("a/a", "a/b", "b/a/c", "b/d", "c"):
+        (base / "lower0" / path).mkdir(parents=True)
+        (base / "lower1" / path).mkdir(parents=True)
+        for name in "cd":
+            with contextlib.suppress(IsADirectoryError):
+                (base / "lower1" / path / name).write_bytes(b"lower " * 1000)
+    with mounted_by(base, "native") as mount:
+        search = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/fuse")))
+        racers = [
+            subprocess.Popen(
+                [sys.executable, "-c", RACER, mount.mnt, action, str(seed)],
+                env=os.environ | {"PYTHONPATH": search}, stdout=subprocess.PIPE, text=True,
+            )
+            for seed, action in enumerate(("change", "change", "change", "read", "forget"))
+        ]  # fmt: skip
+        assert [racer.communicate(timeout=60)[0] for racer in racers] == ["[]\n"] * len(racers)
+        known = shown(mount.mnt)
+    with mounted_by(base, "native") as mount:
+        fresh = shown(mount.mnt)
+    words = (
+        f"lowerdir={base}/lower0:{base}/lower1,upperdir={base}/upper,workdir={base}/work,redirect_dir=on,metacopy=on"
+    )
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", words, base / "mnt"], check=True)
+    try:
+        kernel = shown(base / "mnt")
+    finally:
+        subprocess.run(["umount", base / "mnt"], check=True)
+    assert without_identity(known) == without_identity(fresh)
+    assert without_identity(fresh) == without_identity(kernel)
+    assert len(known) > 10
+
+
 def without_identity(tree: Tree) -> Tree:
     """What a new mount must show again; the number of links of a lower file is only known as far as names are."""
     return {path: {key: value for key, value in line.items() if key != "ino"} for path, line in tree.items()}
@@ -433,6 +483,7 @@ def somewhere(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield Path(base)
 
 
+@pytest.mark.slow
 def test_replacing_a_file_by_rename_is_atomic_for_readers(somewhere: Path) -> None:
     """An open finds one version, whole: never none, never the size of one with the data of another."""
     (somewhere / "lower0").mkdir()
@@ -451,6 +502,7 @@ def test_replacing_a_file_by_rename_is_atomic_for_readers(somewhere: Path) -> No
         every_reader_sees(mount, check, change)
 
 
+@pytest.mark.slow
 def test_directory_that_is_exchanged_keeps_its_files(somewhere: Path) -> None:
     """What a directory's descriptor leads to is in that directory, whatever its name is by now."""
     for name in ("A", "B"):
