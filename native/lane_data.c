@@ -308,7 +308,7 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 {
 	struct ovl_lane_file *file;
 	struct fuse_fsync_in in;
-	int error = 0;
+	int error = 0, fd;
 
 	if (ask->size < sizeof(in))
 		return ovl_lane_fail(ask, EIO);
@@ -316,7 +316,7 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 	if (ask->fs->upper.may_wait)
 		ovl_lane_yield(ask->answer->reader);
 	if (ask->header.opcode == FUSE_FSYNCDIR) {
-		int fd = ask->fs->upper.is_volatile ? -EROFS : ovl_tree_open_upper(ask->fs->tree, ask->header.nodeid,
+		fd = ask->fs->upper.is_volatile ? -EROFS : ovl_tree_open_upper(ask->fs->tree, ask->header.nodeid,
 										      O_RDONLY | O_DIRECTORY);
 
 		if (fd == -EROFS || fd == -ENOENT) /* not in the upperdir, or removed: nothing is to be synced */
@@ -332,8 +332,12 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 	file = ovl_lane_file_get(ask->fs, in.fh, ask->header.nodeid);
 	if (!file)
 		return ovl_lane_fail(ask, EBADF);
-	if (file->upper && !ask->fs->upper.is_volatile &&
-	    (in.fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(file->fd) : fsync(file->fd)) != 0)
+	/* Also what was opened before the copy-up: POSIX asks for the file, not for who has written. */
+	fd = file->upper ? file->fd : follow_copy_up(ask->fs, file);
+	if (fd == IS_MOVING)
+		error = EIO; /* not synced, and not known why not */
+	else if (fd >= 0 && !ask->fs->upper.is_volatile &&
+		 (in.fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(fd) : fsync(fd)) != 0)
 		error = errno;
 	ovl_lane_file_put(ask->fs, file);
 	return ovl_lane_fail(ask, error);
