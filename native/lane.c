@@ -12,6 +12,7 @@
 #include "lane.h"
 #include "gate.h"
 #include "lane_trace.h"
+#include "uring.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -51,6 +52,7 @@
 #define WAKE_SIGNAL (SIGRTMAX - 1) /* ends a read(2); nothing else is done with it */
 #define WAKE_EVERY_NS 5000000L
 #define LEADERS_MAX 8
+#define URING_OPEN 1
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
@@ -71,6 +73,7 @@ struct ovl_lane_reader {
 	pthread_t thread;
 	bool leads; /* the thread's own */
 	unsigned char *request, *answer; /* buffer_bytes each */
+	size_t room;                     /* in `answer` */
 };
 
 struct ovl_lane {
@@ -94,6 +97,10 @@ struct ovl_lane {
 	atomic_int end_reason;
 	atomic_uint_fast64_t init_unique; /* of the INIT under way, 0 otherwise; written before it is forwarded */
 	atomic_uint_fast64_t init_offered;
+	bool wants_uring;        /* immutable */
+	struct ovl_uring *uring; /* the writer's until the first request comes by it, immutable then; NULL: not used */
+	int uring_state;         /* protected by lock; URING_OPEN until it is decided, then as ovl_lane_uring */
+	pthread_cond_t decided;  /* protected by lock */
 
 	pthread_mutex_t lock; /* a leaf: nothing else is locked, and nothing but eventfds written, while it is held */
 	pthread_cond_t room;  /* protected by lock: the queue has become shorter, or we stop */
@@ -166,6 +173,14 @@ static ovl_err_t put(struct ovl_lane *lane, const struct iovec *parts, int numbe
 	}
 }
 
+/* To where the request came from. */
+static ovl_err_t put_for(struct ovl_lane *lane, uint64_t unique, const struct iovec *parts, int number)
+{
+	if (!ovl_uring_owns(unique))
+		return put(lane, parts, number);
+	return lane->uring ? ovl_uring_reply(lane->uring, unique, parts, number) : -ENOENT;
+}
+
 static bool is_gone(ovl_err_t err)
 {
 	return err == -ENOENT || err == -ENODEV || err == -ECONNABORTED || err == -ENOTCONN || err == -EPIPE ||
@@ -182,7 +197,7 @@ static void put_error(struct ovl_lane *lane, uint64_t unique, int error)
 	struct fuse_out_header header = {.len = sizeof(header), .error = -error, .unique = unique};
 	struct iovec part = {.iov_base = &header, .iov_len = sizeof(header)};
 
-	if (put(lane, &part, 1) == 0)
+	if (put_for(lane, unique, &part, 1) == 0)
 		count(&lane->replies);
 	else
 		count(&lane->interrupted);
@@ -191,7 +206,7 @@ static void put_error(struct ovl_lane *lane, uint64_t unique, int error)
 /* A reply, or EIO in its place: the client waits for one of them. */
 static void put_reply(struct ovl_lane *lane, uint64_t unique, const struct iovec *parts, int number)
 {
-	ovl_err_t err = put(lane, parts, number);
+	ovl_err_t err = put_for(lane, unique, parts, number);
 
 	if (err == 0) {
 		count(&lane->replies);
@@ -368,6 +383,8 @@ static void note_init(struct ovl_lane *lane, unsigned char *message, size_t size
 	atomic_store(&lane->init_unique, header.unique);
 }
 
+static bool open_uring(struct ovl_lane *lane, uint64_t offered, size_t payload_bytes);
+
 /* pyfuse3's reply, before the kernel sees it. */
 static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t size)
 {
@@ -405,6 +422,8 @@ static void patch_init(struct ovl_lane *lane, unsigned char *message, size_t siz
 		if (lane->native.agree)
 			lane->native.agree(lane->native.arg, offered, flags);
 	}
+	if (lane->wants_uring && open_uring(lane, offered, (size_t)out.max_pages * page))
+		flags |= OVL_URING_INIT_FLAG | FUSE_INIT_EXT;
 	out.flags = (uint32_t)flags;
 	out.flags2 = (uint32_t)(flags >> 32);
 	memcpy(message + sizeof(header), &out, sizeof(out));
@@ -590,9 +609,11 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	enum ovl_lane_verdict verdict;
 	uint64_t began_ns = ovl_lane_trace_began(lane->trace);
 
-	answer.room = lane->buffer_bytes - sizeof(struct fuse_out_header);
+	answer.room = reader->room;
 	memcpy(&request, reader->request, sizeof(request));
 	verdict = lane->native.answer(lane->native.arg, reader->request, size, &answer);
+	if (verdict != OVL_LANE_PASS) /* first: once an answer has left, the next request can be where this one was */
+		ovl_lane_trace_answer(lane->trace, reader->request, size, &answer, began_ns);
 	if (verdict == OVL_LANE_ANSWERED) {
 		header = (struct fuse_out_header){
 			.len = (uint32_t)(sizeof(header) + answer.size),
@@ -607,8 +628,6 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	}
 	if (answer.looking)
 		ovl_gate_looked(lane->native.gate);
-	if (verdict != OVL_LANE_PASS)
-		ovl_lane_trace_answer(lane->trace, reader->request, size, &answer, began_ns);
 	return verdict != OVL_LANE_PASS;
 }
 
@@ -706,6 +725,7 @@ static ovl_err_t add_reader(struct ovl_lane *lane)
 	*reader = (struct ovl_lane_reader){.lane = lane};
 	reader->request = malloc(lane->buffer_bytes);
 	reader->answer = lane->native.answer ? malloc(lane->buffer_bytes) : NULL;
+	reader->room = lane->buffer_bytes - sizeof(struct fuse_out_header);
 	if (reader->request && (reader->answer || !lane->native.answer))
 		err = start_thread(&reader->thread, read_requests, reader, "ovl-read", WAKE_SIGNAL);
 	if (err) {
@@ -758,15 +778,20 @@ static void follow(struct ovl_lane_reader *reader)
 	pthread_mutex_unlock(&reader->lane->lock);
 }
 
+/* What is made for clients has the mode that they asked for; the umask is then this thread's own. */
+static void own_umask(void)
+{
+	if (unshare(CLONE_FS) == 0)
+		umask(0);
+}
+
 static void *read_requests(void *arg)
 {
 	struct ovl_lane_reader *reader = arg;
 	struct ovl_lane *lane = reader->lane;
 	ovl_err_t reason = 0;
 
-	/* What is made for clients has the mode that they asked for; the umask is then this thread's own. */
-	if (unshare(CLONE_FS) == 0)
-		umask(0);
+	own_umask();
 	while (reader->leads || take_lead(reader)) {
 		ssize_t n;
 
@@ -855,11 +880,91 @@ static bool is_attr_only(const unsigned char *message, size_t size)
 	return header.error == FUSE_NOTIFY_INVAL_INODE && out.off < 0;
 }
 
+/* ---- io_uring: uring.h ------------------------------------------------------------------------------------------- */
+
+static void answer_uring(void *arg, const struct ovl_uring_request *request)
+{
+	struct ovl_lane_reader reader = {
+		.lane = arg,
+		.request = request->message,
+		.answer = request->answer,
+		.room = request->room,
+	};
+
+	dispatch(&reader, request->size);
+}
+
+/* Nothing comes by it any more, and not by /dev/fuse either. */
+static void fail_uring(void *arg, ovl_err_t err)
+{
+	struct ovl_lane *lane = arg;
+
+	atomic_store(&lane->end_reason, err);
+	raise_event(lane->ended_fd);
+}
+
+/* Before INIT is answered: all that can fail by itself.  True: the kernel is to be told. */
+static bool open_uring(struct ovl_lane *lane, uint64_t offered, size_t payload_bytes)
+{
+	struct ovl_uring_config config = {
+		.dev_fd = lane->dev_fd,
+		.payload_bytes = payload_bytes > lane->max_write ? payload_bytes : lane->max_write,
+		.answer_bytes = OVL_LANE_MESSAGE_MAX,
+		.wake_signal = WAKE_SIGNAL,
+		.begin = own_umask,
+		.request = answer_uring,
+		.failed = fail_uring,
+		.arg = lane,
+	};
+	ovl_err_t err = offered & FUSE_INIT_EXT && offered & OVL_URING_INIT_FLAG ? 0 : -EOPNOTSUPP;
+
+	if (config.payload_bytes < 2 * HEADER_BYTES)
+		config.payload_bytes = 2 * HEADER_BYTES; /* FUSE_MIN_READ_BUFFER */
+	if (!err)
+		err = ovl_uring_new(&lane->uring, &config);
+	pthread_mutex_lock(&lane->lock);
+	lane->uring_state = err ? err : URING_OPEN;
+	pthread_mutex_unlock(&lane->lock);
+	return !err;
+}
+
+/* INIT is answered: the kernel waits until every queue has its entries, or goes on with /dev/fuse if it refuses one
+ * itself.  It does not see what others refuse (an LSM, say): then it would wait for ever. */
+static void decide_uring(struct ovl_lane *lane)
+{
+	ovl_err_t err = lane->uring ? ovl_uring_go(lane->uring) : 0;
+
+	if (err) {
+		ovl_uring_free(lane->uring);
+		lane->uring = NULL;
+		if (err != -EINVAL && err != -ENOMEM)
+			fail_uring(lane, err);
+	}
+	pthread_mutex_lock(&lane->lock);
+	if (lane->uring_state == URING_OPEN)
+		lane->uring_state = err;
+	pthread_cond_broadcast(&lane->decided);
+	pthread_mutex_unlock(&lane->lock);
+}
+
+ovl_err_t ovl_lane_uring(struct ovl_lane *lane)
+{
+	ovl_err_t err;
+
+	pthread_mutex_lock(&lane->lock);
+	while (lane->uring_state == URING_OPEN && !atomic_load(&lane->stopping))
+		pthread_cond_wait(&lane->decided, &lane->lock);
+	err = lane->uring_state == URING_OPEN ? -ESHUTDOWN : lane->uring_state;
+	pthread_mutex_unlock(&lane->lock);
+	return err;
+}
+
 static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t size)
 {
 	struct fuse_out_header header;
 	struct iovec part = {.iov_base = message, .iov_len = size};
 	struct ovl_lane_pending request;
+	bool is_init = false;
 	int error = 0;
 
 	if (size < sizeof(header)) {
@@ -886,6 +991,7 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 	if (header.unique == atomic_load(&lane->init_unique)) {
 		patch_init(lane, message, size);
 		atomic_store(&lane->init_unique, 0);
+		is_init = true;
 	}
 	request = take_request(lane, header.unique);
 	if (request.opcode && !header.error && lane->native.patch)
@@ -895,6 +1001,8 @@ static void pass_reply(struct ovl_lane *lane, unsigned char *message, size_t siz
 		put_error(lane, header.unique, error);
 	else
 		put_reply(lane, header.unique, &part, 1);
+	if (is_init)
+		decide_uring(lane);
 }
 
 static void *write_replies(void *arg)
@@ -946,6 +1054,7 @@ static ovl_err_t size_socket(int fd)
 
 static void destroy(struct ovl_lane *lane)
 {
+	ovl_uring_free(lane->uring);
 	close_fd(&lane->dev_fd);
 	close_fd(&lane->session_fd);
 	close_fd(&lane->stop_fd);
@@ -962,6 +1071,7 @@ static void destroy(struct ovl_lane *lane)
 	pthread_cond_destroy(&lane->room);
 	pthread_cond_destroy(&lane->noted);
 	pthread_cond_destroy(&lane->lead);
+	pthread_cond_destroy(&lane->decided);
 	pthread_mutex_destroy(&lane->lock);
 	free(lane);
 }
@@ -996,6 +1106,9 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	pthread_cond_init(&lane->room, NULL);
 	pthread_cond_init(&lane->noted, NULL);
 	pthread_cond_init(&lane->lead, NULL);
+	pthread_cond_init(&lane->decided, NULL);
+	lane->wants_uring = config->io_uring;
+	lane->uring_state = config->io_uring ? URING_OPEN : -EOPNOTSUPP;
 	lane->leaders_max = cpus > 2 ? (size_t)cpus / 2 : 1;
 	if (lane->leaders_max > LEADERS_MAX)
 		lane->leaders_max = LEADERS_MAX;
@@ -1085,6 +1198,7 @@ void ovl_lane_stop(struct ovl_lane *lane)
 	pthread_cond_broadcast(&lane->room);
 	pthread_cond_broadcast(&lane->noted);
 	pthread_cond_broadcast(&lane->lead);
+	pthread_cond_broadcast(&lane->decided);
 	pthread_mutex_unlock(&lane->lock);
 	raise_event(lane->stop_fd);
 	shutdown(lane->session_fd, SHUT_RDWR); /* a reader that waits for room in it */
@@ -1092,6 +1206,7 @@ void ovl_lane_stop(struct ovl_lane *lane)
 		join_reader(lane->readers[i].thread);
 	if (lane->writer_runs)
 		pthread_join(lane->writer, NULL);
+	ovl_uring_stop(lane->uring); /* after the writer, which starts it; it does not wait for the writer */
 	lane->started = lane->writer_runs = false;
 }
 

@@ -56,6 +56,9 @@
  * not wait pays for one thread only.  On machines with more CPUs several lead.  Cloned descriptors (FUSE_DEV_IOC_CLONE)
  * would spare leaders the queue's lock, and need every reply to go back where its request came from.
  *
+ * With io_uring most requests come to the threads of uring.h instead, which dispatch them as a reader does; what is asked
+ * for there is answered there (`put_for`).  /dev/fuse keeps its reader for the rest.
+ *
  * Concurrency: new, start, stop and free from one thread; receive from one thread; reply, stats from any.
  * Errors: 0 or -errno, errno is not set.
  */
@@ -130,6 +133,7 @@ struct ovl_lane_config {
 	size_t max_write;     /* bytes of data in one READ or WRITE: a multiple of the page size, 4 KiB to 4 MiB */
 	size_t queue_bytes;   /* the reader waits when the queue holds so much */
 	size_t queue_count;   /* or so many requests */
+	bool io_uring;        /* requests by io_uring, if the kernel offers it: uring.h */
 	struct ovl_lane_native native; /* .answer NULL: nothing is answered natively */
 	struct ovl_lane_trace *trace;  /* borrowed; told of native answers; may be NULL */
 };
@@ -186,5 +190,9 @@ ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, cons
 void ovl_lane_yield(struct ovl_lane_reader *reader);
 
 void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out);
+
+/* Do requests come by io_uring?  0, or -errno: why not; -EOPNOTSUPP: the kernel did not offer it.  Waits until INIT is
+ * answered.  Any thread. */
+ovl_err_t ovl_lane_uring(struct ovl_lane *lane);
 
 #endif

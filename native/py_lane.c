@@ -102,17 +102,17 @@ static struct ovl_lane_fs *make_fs(PyTypeObject *type, PyObject *tree, PyObject 
 static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = {"dev_fd", "session_fd", "max_write", "queue_bytes", "queue_count",
-				"tree", "upper", "no_open", "passthrough", "trace", NULL};
+				"tree", "upper", "no_open", "passthrough", "trace", "io_uring", NULL};
 	struct ovl_lane_config config = {.dev_fd = -1, .session_fd = -1};
 	Py_ssize_t max_write = 1 << 20, bytes = 16 << 20, count = 256;
 	PyObject *tree = Py_None, *upper = Py_None, *trace = Py_None;
-	int no_open = 0, passthrough = 0;
+	int no_open = 0, passthrough = 0, io_uring = 0;
 	struct ovl_lane_fs *fs = NULL;
 	struct lane_object *self;
 	ovl_err_t err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnOOppO:Lane", names, &config.dev_fd, &config.session_fd,
-					 &max_write, &bytes, &count, &tree, &upper, &no_open, &passthrough, &trace))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii|$nnnOOppOp:Lane", names, &config.dev_fd, &config.session_fd,
+					 &max_write, &bytes, &count, &tree, &upper, &no_open, &passthrough, &trace, &io_uring))
 		return NULL;
 	if (trace != Py_None) {
 		config.trace = ovl_trace_from_object(PyType_GetModule(type), trace);
@@ -134,6 +134,7 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	}
 	if (fs)
 		fs->trace = config.trace;
+	config.io_uring = io_uring;
 	config.max_write = max_write < 0 ? 0 : (size_t)max_write;
 	config.queue_bytes = bytes < 0 ? 0 : (size_t)bytes;
 	config.queue_count = count < 0 ? 0 : (size_t)count;
@@ -361,6 +362,22 @@ static PyObject *lane_end_reason(PyObject *object, void *Py_UNUSED(closure))
 	return lane ? PyLong_FromLong(-ovl_lane_end_reason(lane)) : NULL;
 }
 
+static PyObject *lane_io_uring(PyObject *object, void *Py_UNUSED(closure))
+{
+	struct lane_object *self = (struct lane_object *)object;
+	struct ovl_lane *lane = get(object);
+	ovl_err_t err;
+
+	if (!lane)
+		return NULL;
+	self->users++;
+	Py_BEGIN_ALLOW_THREADS
+	err = ovl_lane_uring(lane);
+	Py_END_ALLOW_THREADS
+	self->users--;
+	return PyLong_FromLong(-err);
+}
+
 static PyMethodDef lane_methods[] = {
 	{"start", lane_start, METH_NOARGS, "start(): start the threads."},
 	{"stop", lane_stop, METH_NOARGS, "stop(): end the threads and wait for them."},
@@ -376,12 +393,14 @@ static PyGetSetDef lane_getset[] = {
 	{"ended_fd", lane_ended_fd, NULL, "Readable once no request will come any more.", NULL},
 	{"extra_fd", lane_extra_fd, NULL, "Readable while an extra request waits.", NULL},
 	{"open_files", lane_open_files, NULL, "How many files are open that the lane opened itself.", NULL},
+	{"io_uring", lane_io_uring, NULL,
+	 "0: requests come by io_uring; else the errno that says why not (EOPNOTSUPP: not asked for, or not offered).", NULL},
 	{"end_reason", lane_end_reason, NULL, "The errno that ended it; 0: unmounted, aborted or stopped.", NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot lane_slots[] = {
-	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree, upper, no_open, passthrough, trace)\n--\n\n"
+	{Py_tp_doc, "Lane(dev_fd, session_fd, *, max_write, queue_bytes, queue_count, tree, upper, no_open, passthrough, trace, io_uring)\n--\n\n"
 		    "Stands between /dev/fuse and those who answer; owns both descriptors."},
 	{Py_tp_new, (void *)lane_new},
 	{Py_tp_dealloc, (void *)lane_dealloc},

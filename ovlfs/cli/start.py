@@ -241,6 +241,7 @@ class _Work:
             source=flags.fsname or request.source or request.image or "overlay",
             allow_other=os.geteuid() == 0 if flags.allow_other is None else flags.allow_other,
             read_only=flags.read_only,
+            io_uring=flags.io_uring,
             flags=tuple(words),
         )
 

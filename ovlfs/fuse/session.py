@@ -10,6 +10,7 @@ process in module globals, so there is one `serve` per process, too.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -42,12 +43,14 @@ class MountOptions:
         source: what mount(8) and /proc/mounts show as the device.
         allow_other: users other than the mounting one may enter (without root: needs user_allow_other).
         read_only: the kernel refuses writes before they reach us.
+        io_uring: requests come by io_uring, if the kernel offers it.
         flags: further mount words: nosuid, nodev, noexec, dev, suid, ....
     """
 
     source: str = "ovlfs"
     allow_other: bool = False
     read_only: bool = False
+    io_uring: bool = False
     flags: tuple[str, ...] = ()
 
     def words(self) -> set[str]:
@@ -106,6 +109,8 @@ def _serve_by_session(
     watch: Watch,
     cleanup: contextlib.ExitStack,
 ) -> None:
+    if options.io_uring:
+        log.warning("io_uring is not used: it needs the lane")
     operations = Operations(stack)
     watch.operations = operations
     cleanup.callback(operations.close)
@@ -153,6 +158,7 @@ def _serve_by_lane(
             no_open=options.read_only and stack.upper is None,
             passthrough=stack.upper is not None and os.geteuid() == 0,
             trace=trace,
+            io_uring=options.io_uring,
         )
         cleanup.callback(native.close)
         watch.lane = native
@@ -162,10 +168,40 @@ def _serve_by_lane(
         for_session.detach()
     cleanup.callback(pyfuse3.close, unmount=False)
     native.start()
+
+    def answers() -> None:
+        if options.io_uring:
+            _tell_io_uring(native.io_uring)
+        ready()
+
     extra = ExtraServer(native, operations)
-    trio.run(_run, mountpoint, ready, extra, watch, restrict_keyboard_interrupt_to_checkpoints=True)
+    trio.run(_run, mountpoint, answers, extra, watch, restrict_keyboard_interrupt_to_checkpoints=True)
     if native.end_reason:
         raise MountError(f"/dev/fuse: {os.strerror(native.end_reason)}")
+
+
+_URING_SWITCH = "/sys/module/fuse/parameters/enable_uring"
+
+
+def _tell_io_uring(code: int) -> None:
+    """One line: is it used, and if not, why, and what to do about it."""
+    if code == 0:
+        log.info("requests come by io_uring")
+        return
+    why = os.strerror(code)
+    if code == errno.EOPNOTSUPP:
+        try:
+            with open(_URING_SWITCH) as switch:
+                on = switch.read().strip() == "Y"
+        except FileNotFoundError:
+            why = "this kernel has no FUSE over io_uring (Linux 6.14, CONFIG_FUSE_IO_URING)"
+        else:
+            why = "the kernel did not offer it"
+            if not on:
+                why += f"; before the mount, as root: echo Y > {_URING_SWITCH}"
+    elif code in (errno.EPERM, errno.ENOSYS):
+        why += "; see kernel.io_uring_disabled, and the container's seccomp profile"
+    log.warning("io_uring is not used, but /dev/fuse: %s", why)
 
 
 def _tree_for_lane(stack: Stack, operations: Operations) -> Tree | None:
@@ -210,7 +246,8 @@ async def _run(mountpoint: bytes, ready: Callable[[], None], extra: ExtraServer 
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(session)
-        await trio.to_thread.run_sync(os.stat, mountpoint)  # answered by the session beside this task
+        # Answered by the session beside this task.  Abandoned if that ends first: its end is what ends the stat.
+        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
         if extra is not None:
             _read_far_ahead(mountpoint)
         ready()

@@ -80,6 +80,7 @@ class MountFlags:
         exec: programs can be executed.
         sync, dirsync: as mount(8) says.
         lane: requests pass through the lane in C (fuse/lane.py).
+        io_uring: they come by io_uring, if the kernel offers it (native/uring.h).
         fsname: what mount(8) shows as the source.
         allow_other: other users may enter; None: if root mounts.
         security: SELinux words (`context=...`), for the kernel.
@@ -94,6 +95,7 @@ class MountFlags:
     dirsync: bool = False
     allow_other: bool | None = None
     lane: bool = True
+    io_uring: bool = False
     fsname: str | None = None
     security: tuple[str, ...] = ()
     platform: str = ""
@@ -388,6 +390,7 @@ _FLAGS: dict[str, Callable[[_Parsed], None]] = {
     "debug": _flag(debug=True),
     "lane": _flag(lane=True),
     "no_lane": _flag(lane=False),
+    "io_uring": _flag(io_uring=True),
 }
 
 _VALUES: dict[str, _Value] = {
