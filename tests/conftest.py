@@ -8,6 +8,7 @@ scratch directory.
 """
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
@@ -27,6 +28,7 @@ from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
 
 ROOT = Path(__file__).parent.parent
+URING_SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
 _SESSION = pytest.StashKey[Path]()
 
 
@@ -89,6 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
+        if item.get_closest_marker("uring") and (os.geteuid() != 0 or not URING_SWITCH.exists()):
+            item.add_marker(pytest.mark.skip(reason="needs root and a kernel with FUSE over io_uring"))
         if item.get_closest_marker("fuse") and no_fuse is not None:
             item.add_marker(pytest.mark.skip(reason=no_fuse))
 
@@ -204,6 +208,23 @@ def mounted(ovlfs: Run, scratch: Path) -> Iterator[Callable[..., Path]]:
     for mountpoint in reversed(mountpoints):
         if mounting.find_mount(os.fsencode(mountpoint)) is not None:
             ovlfs("umount", mountpoint, code=None)
+
+
+@pytest.fixture
+def uring_switch() -> Iterator[Callable[[bool], None]]:
+    """`uring_switch(True)`: the kernel offers FUSE over io_uring to mounts from now on, until the end of the test.
+
+    It is the machine's switch, so tests that need it wait for each other, also those of other test runs.
+    """
+    with open(URING_SWITCH, encoding="ascii") as switch:
+        fcntl.flock(switch, fcntl.LOCK_EX)
+        before = switch.read()
+
+        def turn(on: bool) -> None:  # the switch has two positions and no other name
+            URING_SWITCH.write_text("Y" if on else "N", encoding="ascii")
+
+        yield turn
+        URING_SWITCH.write_text(before, encoding="ascii")
 
 
 # ---- an image --------------------------------------------------------------------------------------------------------

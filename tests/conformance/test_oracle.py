@@ -6,6 +6,7 @@ shortest list of operations that still differs.
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ OVLFS = f"{sys.executable} -m ovlfs.cli.main"
 CLASSES = ("tmpfile", "xattrovl", "collapse", "seekhole", "rename-whiteout", "acl", "whname", "mknod0", "statfs")
 
 
-def oracle(base: Path, *args: str) -> None:
+def oracle(base: Path, *args: str, options: str = "dev,suid") -> None:
     """Run the oracle; fails with what it printed when ovlfs and the kernel differ."""
     command = [
         sys.executable,
         str(ORACLE),
         "--ref=kernel-full",
-        f"--peer={OVLFS} mount -o dev,suid,lowerdir={{lower}},upperdir={{upper}},workdir={{work}} {{mnt}}",
+        f"--peer={OVLFS} mount -o {options},lowerdir={{lower}},upperdir={{upper}},workdir={{work}} {{mnt}}",
         f"--umount={OVLFS} umount {{mnt}}",
         f"--base={base}",
         *args,
@@ -45,3 +46,11 @@ def test_seeds_of_each_encoding_show_no_difference(encoding: str, scratch: Path)
 def test_rarer_operations_show_no_difference(name: str, scratch: Path) -> None:
     """Each class of operations that the oracle leaves out by default, beside all the others."""
     oracle(scratch, "--seeds=0-2", "--ops=200", f"--with={name}")
+
+
+@pytest.mark.fuse
+@pytest.mark.uring
+def test_seeds_by_io_uring_show_no_difference(scratch: Path, uring_switch: Callable[[bool], None]) -> None:
+    """The same requests by another way: what is read, written and answered is the same."""
+    uring_switch(True)
+    oracle(scratch, "--seeds=0-9", "--ops=300", options="dev,suid,io_uring")

@@ -426,8 +426,8 @@ def test_lane_survives_every_error_of_the_device(tmp_path: Path, sanitizer: str)
     compiled = subprocess.run(
         [
             "cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", f"-fsanitize={sanitizer}",
-            "-I", NATIVE, here / "test_lane_faults.c", NATIVE / "gate.c", NATIVE / "lane_trace.c", "-o", program,
-            "-lpthread",
+            "-I", NATIVE, here / "test_lane_faults.c", NATIVE / "gate.c", NATIVE / "lane_trace.c", NATIVE / "uring.c",
+            "-o", program, "-lpthread",
         ],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
