@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -53,6 +54,9 @@
 #define WAKE_EVERY_NS 5000000L
 #define LEADERS_MAX 8
 #define URING_OPEN 1
+#define LINGER_NS 30000L /* how long to look for the next request before waiting for it */
+#define LINGER_MISSES 6u
+#define LINGER_BUSY 512u /* requests without looking, after somebody else wanted the CPU */
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
@@ -74,6 +78,8 @@ struct ovl_lane_reader {
 	bool leads; /* the thread's own */
 	unsigned char *request, *answer; /* buffer_bytes each */
 	size_t room;                     /* in `answer` */
+	unsigned misses, skip;           /* the thread's own: see linger() */
+	long preempted;                  /* the thread's own: how often it was */
 };
 
 struct ovl_lane {
@@ -97,6 +103,8 @@ struct ovl_lane {
 	atomic_int end_reason;
 	atomic_uint_fast64_t init_unique; /* of the INIT under way, 0 otherwise; written before it is forwarded */
 	atomic_uint_fast64_t init_offered;
+	bool may_linger;         /* immutable */
+	atomic_flag lingering;   /* one does */
 	bool wants_uring;        /* immutable */
 	struct ovl_uring *uring; /* the writer's until the first request comes by it, immutable then; NULL: not used */
 	int uring_state;         /* protected by lock; URING_OPEN until it is decided, then as ovl_lane_uring */
@@ -785,6 +793,46 @@ static void own_umask(void)
 		umask(0);
 }
 
+/*
+ * A client that was just answered often asks again within microseconds, but to wake a thread that waits takes tens of
+ * them when it sleeps on another CPU.  So look for a moment before waiting.  Who does not find anything looks at every
+ * 2nd, 4th, ... 64th request only: the client is slow, or runs on this CPU and cannot go on while we look.  Who was
+ * preempted does not for long: the machine is busy, there is no CPU to spare, and who has used his share waits longest.
+ * At rest nobody looks, and with one CPU never.
+ */
+static void linger(struct ovl_lane_reader *reader)
+{
+	struct ovl_lane *lane = reader->lane;
+	struct pollfd request = {.fd = lane->dev_fd, .events = POLLIN};
+	struct timespec start, now;
+	struct rusage usage;
+	bool found = false;
+
+	if (!lane->may_linger || reader->skip > 0) {
+		reader->skip -= reader->skip > 0;
+		return;
+	}
+	if (atomic_flag_test_and_set(&lane->lingering))
+		return;
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	do {
+		found = poll(&request, 1, 0) != 0;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while (!found && (now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < LINGER_NS);
+	atomic_flag_clear(&lane->lingering);
+	getrusage(RUSAGE_THREAD, &usage);
+	if (usage.ru_nivcsw != reader->preempted) {
+		reader->preempted = usage.ru_nivcsw;
+		reader->skip = LINGER_BUSY;
+		return;
+	}
+	if (found)
+		reader->misses = 0;
+	else if (reader->misses < LINGER_MISSES)
+		reader->misses++;
+	reader->skip = found ? 0 : (1u << reader->misses) - 1;
+}
+
 static void *read_requests(void *arg)
 {
 	struct ovl_lane_reader *reader = arg;
@@ -802,6 +850,8 @@ static void *read_requests(void *arg)
 			dispatch(reader, (size_t)n);
 			if (!reader->leads)
 				follow(reader);
+			else if (!lane->uring)
+				linger(reader);
 			continue;
 		}
 		if (n == 0)
@@ -1076,6 +1126,14 @@ static void destroy(struct ovl_lane *lane)
 	free(lane);
 }
 
+/* May this process run on more than one CPU? */
+static bool may_linger(void)
+{
+	cpu_set_t cpus;
+
+	return sched_getaffinity(0, sizeof(cpus), &cpus) == 0 && CPU_COUNT(&cpus) > 1;
+}
+
 ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
@@ -1107,6 +1165,8 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	pthread_cond_init(&lane->noted, NULL);
 	pthread_cond_init(&lane->lead, NULL);
 	pthread_cond_init(&lane->decided, NULL);
+	lane->may_linger = may_linger();
+	atomic_flag_clear(&lane->lingering);
 	lane->wants_uring = config->io_uring;
 	lane->uring_state = config->io_uring ? URING_OPEN : -EOPNOTSUPP;
 	lane->leaders_max = cpus > 2 ? (size_t)cpus / 2 : 1;
