@@ -321,6 +321,11 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 
 		if (fd == -EROFS || fd == -ENOENT) /* not in the upperdir, or removed: nothing is to be synced */
 			return OVL_LANE_ANSWERED;
+		if (fd == -ESTALE) { /* it is being renamed; the session knows a directory by its handle */
+			in.fh = ask->header.nodeid;
+			memcpy(ask->body, &in, sizeof(in));
+			return OVL_LANE_PASS;
+		}
 		if (fd < 0)
 			return ovl_lane_fail(ask, -fd);
 		error = fsync(fd) != 0 ? errno : 0;

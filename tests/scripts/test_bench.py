@@ -4,10 +4,12 @@ import json
 import subprocess
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SmallImage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.slow]
 
@@ -37,7 +39,7 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def image(small_image: SmallImage) -> Path:
+def image(small_image: Callable[..., Path]) -> Path:
     """Two layers, with enough files to change, and a whiteout."""
     files: dict[str, bytes | str | None] = {f"srv/f{number}": b"%300d" % number for number in range(20)}
     return small_image({"usr": None, "usr/lib": None, "srv": None} | files, {"srv": None, "srv/.wh.f7": b""})
