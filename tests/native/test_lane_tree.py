@@ -219,7 +219,7 @@ SOURCES = [
     NATIVE / f"{name}.c"
     for name in (
         *("fuzz_lane", "fuzz_place", "lane_tree", "lane_file", "lane_data", "lane_change", "lane_copy_up"),
-        *("lane_xattr", "lane_ioctl", "lane_trace", "lane", "gate"),
+        *("lane_xattr", "lane_ioctl", "uring", "lane_trace", "lane", "gate"),
         *("tree", "tree_data", "merge", "dirlayer", "index", "tarscan", "build"),
     )
 ]
