@@ -56,7 +56,7 @@
 #define URING_OPEN 1
 #define LINGER_NS 30000L /* how long to look for the next request before waiting for it */
 #define LINGER_MISSES 6u
-#define LINGER_BUSY 512u /* requests without looking, after somebody else wanted the CPU */
+#define LINGER_BUSY 16u /* requests without looking, after somebody else wanted the CPU */
 
 static_assert(sizeof(struct fuse_in_header) == 40, "wire format");
 static_assert(sizeof(struct fuse_out_header) == 16, "wire format");
