@@ -620,8 +620,10 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	answer.room = reader->room;
 	memcpy(&request, reader->request, sizeof(request));
 	verdict = lane->native.answer(lane->native.arg, reader->request, size, &answer);
-	if (verdict != OVL_LANE_PASS) /* first: once an answer has left, the next request can be where this one was */
+	if (verdict != OVL_LANE_PASS) { /* first: once an answer has left, the next request can be where this one was */
+		count(&lane->counters[slot(request.opcode)].answered);
 		ovl_lane_trace_answer(lane->trace, reader->request, size, &answer, began_ns);
+	}
 	if (verdict == OVL_LANE_ANSWERED) {
 		header = (struct fuse_out_header){
 			.len = (uint32_t)(sizeof(header) + answer.size),
@@ -669,10 +671,8 @@ static void dispatch(struct ovl_lane_reader *reader, size_t size)
 		return;
 	}
 	counters = &lane->counters[slot(header.opcode)];
-	if (lane->native.answer && answer_natively(reader, size)) {
-		count(&counters->answered);
+	if (lane->native.answer && answer_natively(reader, size))
 		return;
-	}
 	route = route_of(reader, header.opcode, message, size);
 	if (route == ANSWERED) {
 		count(&counters->answered);

@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,14 @@ def counted(bench: Bench) -> dict[int, tuple[int, int, int]]:
     return before
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what is counted after a reply was written."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def laned(
     *, start: bool = True, tree: Tree | None = None, trace: Trace | None = None, **limits: Any
@@ -106,7 +114,7 @@ def test_lookup_goes_to_the_session_and_its_reply_to_the_kernel(bench: Bench) ->
 
     assert bench.kernel.recv(4096) == reply(2, errno.ENOENT)
     assert counted(bench) == {LOOKUP: (1, 0, 0)}
-    assert bench.lane.stats()[1]["replies"] == 1
+    until(lambda: bench.lane.stats()[1]["replies"] == 1)
 
 
 @pytest.mark.parametrize("opcode", [READ, FALLOCATE, LSEEK, TMPFILE])
@@ -253,7 +261,7 @@ def test_message_with_a_wrong_length_is_answered_eio(bench: Bench) -> None:
 
     assert bench.kernel.recv(4096) == reply(18, errno.EIO)
     assert not is_readable(bench.session.fileno(), 0.05)
-    assert bench.lane.stats()[1]["dropped"] == 2
+    until(lambda: bench.lane.stats()[1]["dropped"] == 2)
 
 
 def test_reply_with_a_wrong_length_becomes_eio(bench: Bench) -> None:
@@ -275,7 +283,7 @@ def test_request_too_large_for_the_socket_is_answered_eio(bench: Bench) -> None:
         message = large.session.recv(4 << 20) if is_readable(large.session.fileno(), 0.5) else b""
         if not message:
             assert large.kernel.recv(4096)[:16] == reply(22, errno.EIO)
-            assert large.lane.stats()[1]["undeliverable"] == 1
+            until(lambda: large.lane.stats()[1]["undeliverable"] == 1)
 
 
 def test_requests_after_the_session_is_gone_are_answered(bench: Bench) -> None:
