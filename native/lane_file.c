@@ -400,6 +400,30 @@ ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint
 	return ovl_lane_refresh(fs, nodeid, fd, &entry);
 }
 
+/* Somebody made the file set-user-ID while it was open passed through, so it goes on that way for all, and we shall not
+ * see the writes that have to take the bits away: they go now. */
+static ovl_err_t kill_at_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh)
+{
+	int fd = ovl_lane_file_fd(fs, fh, nodeid);
+	struct ovl_entry entry;
+	ovl_err_t err = 0;
+	struct stat st;
+
+	if (fd < 0 || !atomic_load(&fs->killpriv))
+		return 0;
+	if (fstat(fd, &st) != 0)
+		err = -errno;
+	else if (ovl_lane_mode_killed(st.st_mode) != st.st_mode) {
+		if (fchmod(fd, ovl_lane_mode_killed(st.st_mode) & 07777) != 0)
+			err = -errno;
+		else
+			err = ovl_lane_refresh(fs, nodeid, fd, &entry);
+	}
+	if (err)
+		ovl_lane_file_release(fs, fh);
+	return err;
+}
+
 enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 {
 	struct ovl_lane_fs *fs = ask->fs;
@@ -443,6 +467,8 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 		ovl_gate_changed(&fs->gate);
 		ask->answer->changed = true;
 	}
+	if (!err && out.open_flags & OPENED_PASSTHROUGH && wants_write(in.flags) && ask->header.uid != 0)
+		err = kill_at_open(fs, ask->header.nodeid, out.fh);
 	if (err)
 		return ovl_lane_fail(ask, -err);
 	ovl_lane_put(ask->answer, &out, sizeof(out));
