@@ -150,7 +150,11 @@ def open_layers(image: Image, store: Store, *, progress: Progress | None = None)
     for future in finished:
         if future.exception() is None:
             future.result().close()
-    raise failures[0]
+    try:
+        raise failures[0]
+    finally:
+        # Else the error's traceback and this frame hold each other, and with them what the failed thread had mapped.
+        del failures, finished, futures, future
 
 
 class _Range:
