@@ -24,6 +24,7 @@
 #define WHITEOUT_PREFIX ".wh."
 #define WHITEOUT_PREFIX_LEN 4u
 #define OPAQUE_NAME ".wh..wh..opq"
+#define FUSE_OVERLAYFS "user.fuseoverlayfs."
 #define OVERRIDE_XATTR "user.containers.override_stat"
 
 /* ---- openat2 ------------------------------------------------------------------------------------------ */
@@ -178,6 +179,22 @@ static int opaque_is(const struct ovl_dirlayer *layer, const char *path, int fd,
 	return got == 1 && value == letter;
 }
 
+bool ovl_dirlayer_hides(const struct ovl_dirlayer *layer, const char *xattr)
+{
+	static const char escape[] = "overlay.";
+
+	if (((layer->override || layer->oci) && strcmp(xattr, OVERRIDE_XATTR) == 0) ||
+	    (layer->oci && strncmp(xattr, FUSE_OVERLAYFS, sizeof(FUSE_OVERLAYFS) - 1) == 0))
+		return true;
+	for (size_t i = 0; i < layer->prefix_count; i++) {
+		size_t len = strlen(layer->prefix[i]);
+
+		if (strncmp(xattr, layer->prefix[i], len) == 0)
+			return strncmp(xattr + len, escape, sizeof(escape) - 1) != 0;
+	}
+	return false;
+}
+
 /* listxattrat(2), Linux 6.13: spares the way through /proc, which is most of what asking for an xattr costs. */
 #ifndef SYS_listxattrat
 #define SYS_listxattrat 465
@@ -194,7 +211,7 @@ static bool may_have_own(const struct ovl_dirlayer *layer, int dirfd, const char
 	if (size < 0)
 		return errno != EOPNOTSUPP && errno != ENOTSUP;
 	for (size_t at = 0; at < (size_t)size; at += strlen(list + at) + 1) {
-		if (strncmp(list + at, "user.fuseoverlayfs.", 19) == 0 || strcmp(list + at, OVERRIDE_XATTR) == 0)
+		if (strncmp(list + at, FUSE_OVERLAYFS, sizeof(FUSE_OVERLAYFS) - 1) == 0 || strcmp(list + at, OVERRIDE_XATTR) == 0)
 			return true;
 		for (size_t i = 0; i < layer->prefix_count; i++)
 			if (strncmp(list + at, layer->prefix[i], strlen(layer->prefix[i])) == 0)
@@ -252,7 +269,7 @@ static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct p
 	close(fd);
 	if (yes != 0 || !own)
 		return yes;
-	got = get_xattr(at->text, -1, "user.fuseoverlayfs.opaque", &value, 1);
+	got = get_xattr(at->text, -1, FUSE_OVERLAYFS "opaque", &value, 1);
 	if (got < 0)
 		return got == -ENODATA ? 0 : (int)got;
 	return got == 1 && value == 'y';

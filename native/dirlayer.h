@@ -87,6 +87,10 @@ typedef ovl_err_t (*ovl_dirlayer_emit)(void *arg, enum ovl_what what, const uint
 ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *path, size_t len, ovl_dirlayer_emit emit,
 			    void *arg);
 
+/* Is this xattr of an object the overlay's own, and so shown to nobody?  DirLayer.shown_xattr() is the reference.  Kernel:
+ * fs/overlayfs/xattrs.c: ovl_is_own_xattr(), ovl_is_escaped_xattr(). */
+bool ovl_dirlayer_hides(const struct ovl_dirlayer *layer, const char *xattr);
+
 /* Times and counters of `st` as attributes, without any override. */
 void ovl_attr_of_stat(const struct stat *st, struct ovl_attr *out);
 

@@ -47,9 +47,6 @@ static_assert(sizeof(struct fuse_rename2_in) == 16, "wire format");
 struct temp_name {
 	char text[24];
 };
-struct proc_name {
-	char text[sizeof("/proc/self/fd/2147483647")];
-};
 
 /* Beside those of overlay/upper.py, "#1" and so on, which Python gives. */
 static struct temp_name temp_name(struct ovl_lane_fs *fs)
@@ -58,14 +55,6 @@ static struct temp_name temp_name(struct ovl_lane_fs *fs)
 
 	snprintf(temp.text, sizeof(temp.text), "#n%x", fs->next_temp++);
 	return temp;
-}
-
-static struct proc_name proc_name(int fd)
-{
-	struct proc_name proc;
-
-	snprintf(proc.text, sizeof(proc.text), "/proc/self/fd/%d", fd);
-	return proc;
 }
 
 static int terminated(const uint8_t *name, size_t len, char text[OVL_NAME_MAX + 1])
@@ -171,7 +160,7 @@ struct ovl_lane_dir *ovl_lane_need_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 	*dir = (struct ovl_lane_dir){.nodeid = nodeid, .generation = fs->gate.generation, .fd = fd};
 	dir->has_lower = is.has_lower;
 	/* ENODATA: none; EOPNOTSUPP: no such thing here. */
-	if (getxattr(proc_name(fd).text, "system.posix_acl_default", NULL, 0) >= 0 ||
+	if (getxattr(ovl_lane_proc(fd).text, "system.posix_acl_default", NULL, 0) >= 0 ||
 	    (errno != ENODATA && errno != EOPNOTSUPP))
 		dir->default_acl = true;
 	return dir;
@@ -192,7 +181,7 @@ void ovl_lane_set_impure(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir)
 	if (dir->impure)
 		return;
 	snprintf(name, sizeof(name), "%simpure", fs->upper.prefix);
-	dir->impure = setxattr(proc_name(dir->fd).text, name, "y", 1, 0) == 0; /* good to have */
+	dir->impure = setxattr(ovl_lane_proc(dir->fd).text, name, "y", 1, 0) == 0; /* good to have */
 }
 
 /* What a request wants to do with a name.  `child` is its inode, nodeid 0: there is none. */
@@ -269,7 +258,7 @@ static ovl_err_t finish(const struct maker *what, int fd, struct stat *st)
 		return -errno;
 	/* A chown takes bits away, and the process's umask has. */
 	if (!S_ISLNK(what->mode) && ((st->st_mode ^ what->mode) & 07777 || st->st_uid != what->uid || st->st_gid != what->gid) &&
-	    chmod(proc_name(fd).text, what->mode & 07777) != 0)
+	    chmod(ovl_lane_proc(fd).text, what->mode & 07777) != 0)
 		return -errno;
 	return fstat(fd, st) != 0 ? -errno : 0;
 }
@@ -312,7 +301,7 @@ static int make_file(struct ovl_lane_fs *fs, const struct place *at, const struc
 		if (fd < 0)
 			return errno == EOPNOTSUPP || errno == EISDIR ? 1 : -errno;
 		err = finish(what, fd, st);
-		if (!err && linkat(AT_FDCWD, proc_name(fd).text, at->dir->fd, at->name, AT_SYMLINK_FOLLOW) != 0)
+		if (!err && linkat(AT_FDCWD, ovl_lane_proc(fd).text, at->dir->fd, at->name, AT_SYMLINK_FOLLOW) != 0)
 			err = errno == EEXIST ? 1 : -errno;
 		if (!err && fstat(fd, st) != 0)
 			err = -errno;
@@ -344,7 +333,7 @@ static int make_other(struct ovl_lane_fs *fs, const struct place *at, const stru
 	if (!err)
 		err = finish(what, fd, st);
 	snprintf(xattr, sizeof(xattr), "%sopaque", fs->upper.prefix);
-	if (!err && what->opaque && setxattr(proc_name(fd).text, xattr, "y", 1, 0) != 0)
+	if (!err && what->opaque && setxattr(ovl_lane_proc(fd).text, xattr, "y", 1, 0) != 0)
 		err = -errno;
 	if (!err && aside && renameat2(dir, name, at->dir->fd, at->name, RENAME_NOREPLACE) != 0)
 		err = errno == EEXIST || errno == EINVAL ? 1 : -errno;
@@ -388,10 +377,7 @@ enum ovl_lane_verdict ovl_lane_create(struct ovl_lane_ask *ask)
 	int fd = -1;
 	ovl_err_t err;
 
-	if (ask->size < sizeof(in))
-		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
-	len = ovl_lane_name(ask->body + sizeof(in), ask->size - sizeof(in));
+	len = ovl_lane_head_and_name(ask, &in, sizeof(in));
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
 	if (!enter_gate(ask))
@@ -463,10 +449,7 @@ enum ovl_lane_verdict ovl_lane_mkdir(struct ovl_lane_ask *ask)
 	struct fuse_mkdir_in in;
 	size_t len;
 
-	if (ask->size < sizeof(in))
-		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
-	len = ovl_lane_name(ask->body + sizeof(in), ask->size - sizeof(in));
+	len = ovl_lane_head_and_name(ask, &in, sizeof(in));
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
 	return make(ask, ask->body + sizeof(in), len, S_IFDIR | (in.mode & 07777), in.umask, NULL);
@@ -492,7 +475,7 @@ static bool need_upper(struct ovl_lane_fs *fs, uint64_t nodeid, struct ovl_descr
 		return false;
 	if (is->upper)
 		return true;
-	return ovl_lane_copy_up(fs, nodeid, OVL_LANE_COPY_META) == 0 && !ovl_tree_describe(fs->tree, nodeid, false, is);
+	return ovl_lane_copy_up(fs, nodeid, OVL_LANE_COPY_META, NULL) == 0 && !ovl_tree_describe(fs->tree, nodeid, false, is);
 }
 
 enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
@@ -508,10 +491,7 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 	ovl_err_t err;
 	int fd;
 
-	if (ask->size < sizeof(in))
-		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
-	len = ovl_lane_name(ask->body + sizeof(in), ask->size - sizeof(in));
+	len = ovl_lane_head_and_name(ask, &in, sizeof(in));
 	if (len == 0)
 		return ovl_lane_fail(ask, EIO);
 	if (!enter_gate(ask))
@@ -522,11 +502,11 @@ enum ovl_lane_verdict ovl_lane_link(struct ovl_lane_ask *ask)
 	fd = ovl_tree_open_upper(fs->tree, in.oldnodeid, O_PATH | O_NOFOLLOW);
 	if (fd < 0)
 		return pass(ask);
-	if (is.metacopy && !is.redirect && ovl_lane_redirect_metacopy(fs, in.oldnodeid, proc_name(fd).text)) {
+	if (is.metacopy && !is.redirect && ovl_lane_redirect_metacopy(fs, in.oldnodeid, ovl_lane_proc(fd).text)) {
 		close(fd);
 		return pass(ask);
 	}
-	err = linkat(AT_FDCWD, proc_name(fd).text, at.dir->fd, at.name, AT_SYMLINK_FOLLOW) != 0 ? -errno : 0;
+	err = linkat(AT_FDCWD, ovl_lane_proc(fd).text, at.dir->fd, at.name, AT_SYMLINK_FOLLOW) != 0 ? -errno : 0;
 	if (err == -EEXIST || err == -ENOENT || err == -EPERM) { /* a whiteout; a rule for others than plain files */
 		close(fd);
 		return pass(ask);
@@ -689,10 +669,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	int fd, held = -1;
 	ovl_err_t err;
 
-	if (ask->size < head)
-		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, head);
-	len = ovl_lane_name(ask->body + head, ask->size - head);
+	len = ovl_lane_head_and_name(ask, &in, head);
 	if (len == 0 || head + len + 1 >= ask->size)
 		return ovl_lane_fail(ask, EIO);
 	new_len = ovl_lane_name(ask->body + head + len + 1, ask->size - head - len - 1);
@@ -728,7 +705,7 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	if (fd < 0)
 		return pass(ask);
 	if (from.child.metacopy && !from.child.redirect &&
-	    ovl_lane_redirect_metacopy(fs, from.child.entry.nodeid, proc_name(fd).text)) {
+	    ovl_lane_redirect_metacopy(fs, from.child.entry.nodeid, ovl_lane_proc(fd).text)) {
 		close(fd);
 		return pass(ask);
 	}
@@ -792,14 +769,14 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	struct ovl_description is;
 	struct timespec times[2];
 	struct ovl_entry entry;
-	struct proc_name proc;
+	struct ovl_lane_proc proc;
 	ovl_err_t err = 0;
-	bool owned, emptied = false;
-	int fd;
+	struct ovl_lane_io *io = NULL;
+	bool by_path, emptied = false;
+	int fd = -1;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (ovl_tree_describe(fs->tree, nodeid, false, &is))
 		return OVL_LANE_PASS;
 	spell_kill_out(ask, &is, &in);
@@ -815,28 +792,30 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 		emptied = in.valid & FATTR_SIZE && in.size == 0 && is.entry.attr.size > 0;
 		err = ovl_lane_copy_up(fs, nodeid, !(in.valid & FATTR_SIZE) ? OVL_LANE_COPY_META
 						   : in.size == 0	    ? OVL_LANE_COPY_EMPTY
-									    : OVL_LANE_COPY_DATA);
+									    : OVL_LANE_COPY_DATA,
+				       &fd);
 		if (err > 0)
 			return pass(ask);
 		if (err)
 			return done(ask, err);
 	}
-	fd = in.valid & FATTR_FH ? ovl_lane_file_fd(fs, in.fh, nodeid) : -1;
-	owned = fd < 0;
-	if (owned)
+	if (fd < 0)
+		io = ovl_lane_io_hold(fs, nodeid, &fd);
+	by_path = fd < 0;
+	if (by_path)
 		fd = ovl_tree_open_upper(fs->tree, nodeid, O_PATH | O_NOFOLLOW);
 	if (fd < 0)
 		return pass(ask);
-	proc = proc_name(fd);
-	/* By an open file's own descriptor, or through that of the object (O_PATH), which takes another path. */
-	if (in.valid & FATTR_SIZE && (owned ? truncate(proc.text, (off_t)in.size) : ftruncate(fd, (off_t)in.size)) != 0)
+	proc = ovl_lane_proc(fd);
+	/* By an open file's descriptor, or through that of the object (O_PATH), which takes another path. */
+	if (in.valid & FATTR_SIZE && (by_path ? truncate(proc.text, (off_t)in.size) : ftruncate(fd, (off_t)in.size)) != 0)
 		err = -errno;
 	if (!err && in.valid & (FATTR_UID | FATTR_GID) &&
 	    fchownat(fd, "", in.valid & FATTR_UID ? in.uid : (uid_t)-1, in.valid & FATTR_GID ? in.gid : (gid_t)-1,
 		     AT_EMPTY_PATH) != 0)
 		err = -errno;
 	if (!err && in.valid & FATTR_MODE && !S_ISLNK(is.entry.attr.mode) &&
-	    (owned ? chmod(proc.text, in.mode & 07777) : fchmod(fd, in.mode & 07777)) != 0)
+	    (by_path ? chmod(proc.text, in.mode & 07777) : fchmod(fd, in.mode & 07777)) != 0)
 		err = -errno;
 	times[0] = time_of(in.valid, FATTR_ATIME, in.atime, in.atimensec);
 	times[1] = time_of(in.valid, FATTR_MTIME, in.mtime, in.mtimensec);
@@ -844,12 +823,15 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 		times[1].tv_nsec = UTIME_NOW; /* the copy was empty from the start */
 		in.valid |= FATTR_MTIME;
 	}
-	if (!err && in.valid & (FATTR_ATIME | FATTR_MTIME) && (owned ? utimensat(fd, "", times, AT_EMPTY_PATH) : futimens(fd, times)) != 0)
+	if (!err && in.valid & (FATTR_ATIME | FATTR_MTIME) &&
+	    (by_path ? utimensat(fd, "", times, AT_EMPTY_PATH) : futimens(fd, times)) != 0)
 		err = -errno;
 	/* Also what failed half way has changed something. */
 	if (ovl_lane_refresh(fs, nodeid, fd, &entry) && !err)
 		err = -EIO;
-	if (owned)
+	if (io)
+		ovl_lane_io_let_go(fs, io);
+	else
 		close(fd);
 	if (err)
 		return done(ask, err);

@@ -1,6 +1,6 @@
 /*
- * lane_copy_up.c - the plain case of a copy-up: a small regular file with one name and no xattrs, in directories without
- * xattrs
+ * lane_copy_up.c - the plain case of a copy-up: a small regular file with one name and no xattrs but
+ * the overlay's own, in directories of that kind
  *
  * The reference, and what does every other case, is ovlfs/overlay/copy_up.py, which says why the steps come in this order.
  * Here the file is made without a name (O_TMPFILE) in workdir and linked into its place: nobody ever sees half of it.
@@ -27,7 +27,7 @@
 
 #define DATA_MAX (1u << 20) /* of what is copied here; more is copied by a thread of Python's */
 #define NS 1000000000ll
-#define XATTRS_MAX 256u
+#define XATTRS_BYTES 1024u /* of the list of names */
 
 /* struct ovl_fb, as ovlfs/layer/origin.py packs it. */
 struct origin {
@@ -55,7 +55,7 @@ static struct timespec split(int64_t ns)
 }
 
 /* The length of overlay.origin's value; 0: the file system has no handles. */
-static size_t origin_of(const struct ovl_lane_fs *fs, const struct ovl_data *meta, uint64_t ino, struct origin *out)
+static size_t origin_of(const struct ovl_data *meta, uint64_t ino, struct origin *out)
 {
 	union {
 		struct file_handle head;
@@ -64,7 +64,6 @@ static size_t origin_of(const struct ovl_lane_fs *fs, const struct ovl_data *met
 	struct uuid2 uuid = {0};
 	int mount;
 
-	(void)fs;
 	*out = (struct origin){.magic = ORIGIN_MAGIC};
 	if (meta->kind == OVL_DATA_TAR) {
 		out->type = ORIGIN_TAR;
@@ -88,8 +87,9 @@ static size_t origin_of(const struct ovl_lane_fs *fs, const struct ovl_data *met
 static bool is_plain(const struct ovl_lane_fs *fs, const struct ovl_data *meta)
 {
 	const struct ovl_stack *stack = ovl_tree_stack(fs->tree);
-	char proc[sizeof("/proc/self/fd/2147483647")], names[XATTRS_MAX];
 	struct ovl_index_xattr_iter iter;
+	char names[XATTRS_BYTES];
+	ssize_t size;
 
 	/* Another layer's hard link leads here?  Then there are more names than the inode knows. */
 	for (const struct ovl_layer *layer = stack->layers + 1; layer < meta->layer; layer++)
@@ -97,8 +97,11 @@ static bool is_plain(const struct ovl_lane_fs *fs, const struct ovl_data *meta)
 			return false;
 	if (meta->kind == OVL_DATA_TAR)
 		return ovl_index_xattrs(meta->layer->index, meta->ref, &iter) == 0 && iter.left == 0;
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", meta->fd);
-	return listxattr(proc, names, sizeof(names)) == 0;
+	size = listxattr(ovl_lane_proc(meta->fd).text, names, sizeof(names));
+	for (ssize_t at = 0; at < size; at += (ssize_t)strlen(names + at) + 1)
+		if (!ovl_dirlayer_hides(&meta->layer->dir, names + at))
+			return false;
+	return size >= 0;
 }
 
 static ovl_err_t copy_extent(int from, uint64_t physical, int to, uint64_t logical, uint64_t len)
@@ -184,21 +187,17 @@ static ovl_err_t set_own(const struct ovl_lane_fs *fs, int fd, const char *what,
 	return fsetxattr(fd, name, value, size, 0) != 0 ? -errno : 0;
 }
 
-/* Everything that belongs to the copy, in the order of copy_up.py. */
-static ovl_err_t fill(struct ovl_lane_fs *fs, const struct ovl_description *is, const struct ovl_data *meta, uint64_t size,
-		      bool metacopy, int fd)
+/* Owner, mode, the overlay's own xattrs, times: in the order of copy_up.py. */
+static ovl_err_t describe(const struct ovl_lane_fs *fs, const struct ovl_description *is, const struct ovl_data *meta,
+			  bool metacopy, int fd)
 {
 	const struct ovl_attr *attr = &is->entry.attr;
 	const struct timespec times[2] = {split(attr->atime_ns), split(attr->mtime_ns)};
 	struct origin origin;
-	size_t origin_len = origin_of(fs, meta, is->entry.ino, &origin);
+	size_t origin_len = origin_of(meta, is->entry.ino, &origin);
 	ovl_err_t err = 0;
 
-	if (size > 0 && !metacopy)
-		err = copy_data(fs, is->entry.nodeid, fd, size);
-	if (!err && size > 0 && ftruncate(fd, (off_t)size) != 0)
-		err = -errno;
-	if (!err && (attr->uid != fs->uid || attr->gid != fs->gid) && fchown(fd, attr->uid, attr->gid) != 0)
+	if ((attr->uid != fs->uid || attr->gid != fs->gid) && fchown(fd, attr->uid, attr->gid) != 0)
 		err = -errno;
 	if (!err && fchmod(fd, attr->mode & 07777) != 0)
 		err = -errno;
@@ -211,6 +210,21 @@ static ovl_err_t fill(struct ovl_lane_fs *fs, const struct ovl_description *is, 
 		err = set_own(fs, fd, "metacopy", "", 0);
 	if (!err && futimens(fd, times) != 0)
 		err = -errno;
+	return err;
+}
+
+/* Everything that belongs to the copy of a file. */
+static ovl_err_t fill(struct ovl_lane_fs *fs, const struct ovl_description *is, const struct ovl_data *meta, uint64_t size,
+		      bool metacopy, int fd)
+{
+	ovl_err_t err = 0;
+
+	if (size > 0 && !metacopy)
+		err = copy_data(fs, is->entry.nodeid, fd, size);
+	if (!err && size > 0 && ftruncate(fd, (off_t)size) != 0)
+		err = -errno;
+	if (!err)
+		err = describe(fs, is, meta, metacopy, fd);
 	if (!err && size > 0 && !metacopy && !fs->upper.is_volatile && fsync(fd) != 0)
 		err = -errno;
 	return err;
@@ -236,9 +250,8 @@ static ovl_err_t put_in_place(struct ovl_lane_fs *fs, struct ovl_lane_dir *dir, 
 	return err;
 }
 
-ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how)
+ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how, int *out)
 {
-	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct ovl_tree_name *names = NULL;
 	struct ovl_description is;
 	struct ovl_lane_dir *dir;
@@ -268,9 +281,8 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 	if (fd < 0)
 		goto out;
 	err = fill(fs, &is, &meta, size, metacopy, fd);
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", fd);
 	if (!err)
-		err = put_in_place(fs, dir, (const char *)names[0].name, AT_FDCWD, proc, AT_SYMLINK_FOLLOW);
+		err = put_in_place(fs, dir, (const char *)names[0].name, AT_FDCWD, ovl_lane_proc(fd).text, AT_SYMLINK_FOLLOW);
 	if (!err && fstat(fd, &st) != 0)
 		err = -errno;
 	if (err) {
@@ -286,6 +298,10 @@ ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lan
 		err = ovl_tree_set_attr(fs->tree, nodeid, &attr);
 	ovl_lane_trace_told(fs->trace, OVL_TRACE_COPY_UP, nodeid, "metadata", metacopy ? strlen("metadata") : 0,
 			    metacopy ? 0 : size, began_ns);
+	if (!err && out) {
+		*out = fd;
+		fd = -1;
+	}
 out:
 	if (fd >= 0)
 		close(fd);
@@ -303,14 +319,12 @@ static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 	uint64_t began_ns = ovl_lane_trace_began(fs->trace);
 	struct ovl_tree_name *names = NULL;
 	struct ovl_data meta = {.fd = -1};
-	struct timespec times[2];
 	struct ovl_description is;
 	struct ovl_lane_dir *dir;
-	struct origin origin;
 	struct ovl_attr attr;
 	char temp[24] = "";
 	struct stat st;
-	size_t count, origin_len;
+	size_t count;
 	int fd = -1;
 	ovl_err_t err = OVL_ASK;
 
@@ -328,22 +342,7 @@ static ovl_err_t copy_dir(struct ovl_lane_fs *fs, uint64_t nodeid)
 	fd = openat(fs->upper.work_fd, temp, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (fd < 0)
 		goto out;
-	err = 0;
-	if ((is.entry.attr.uid != fs->uid || is.entry.attr.gid != fs->gid) &&
-	    fchown(fd, is.entry.attr.uid, is.entry.attr.gid) != 0)
-		err = -errno;
-	if (!err && fchmod(fd, is.entry.attr.mode & 07777) != 0)
-		err = -errno;
-	origin_len = origin_of(fs, &meta, is.entry.ino, &origin);
-	if (!err && origin_len > 0) {
-		err = set_own(fs, fd, "origin", &origin, origin_len);
-		if (err == -EOPNOTSUPP || err == -EPERM)
-			err = 0; /* good to have */
-	}
-	times[0] = split(is.entry.attr.atime_ns);
-	times[1] = split(is.entry.attr.mtime_ns);
-	if (!err && futimens(fd, times) != 0)
-		err = -errno;
+	err = describe(fs, &is, &meta, false, fd);
 	if (!err)
 		err = put_in_place(fs, dir, (const char *)names[0].name, fs->upper.work_fd, temp, 0);
 	if (!err) {

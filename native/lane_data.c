@@ -179,9 +179,8 @@ enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask)
 	size_t size;
 	ssize_t got;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	size = in.size < ask->answer->room ? in.size : ask->answer->room;
 	if (in.offset > (uint64_t)INT64_MAX - size)
 		return ovl_lane_fail(ask, EINVAL);
@@ -282,9 +281,8 @@ enum ovl_lane_verdict ovl_lane_write(struct ovl_lane_ask *ask)
 	struct fuse_write_in in;
 	ssize_t n = -EBADF;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (in.size != ask->size - sizeof(in) || in.offset > (uint64_t)INT64_MAX - in.size)
 		return ovl_lane_fail(ask, EIO);
 	if (ask->fs->no_open)
@@ -310,9 +308,8 @@ enum ovl_lane_verdict ovl_lane_fsync(struct ovl_lane_ask *ask)
 	struct fuse_fsync_in in;
 	int error = 0, fd;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (ask->fs->upper.may_wait)
 		ovl_lane_yield(ask->answer->reader);
 	if (ask->header.opcode == FUSE_FSYNCDIR) {
@@ -354,9 +351,8 @@ enum ovl_lane_verdict ovl_lane_fallocate(struct ovl_lane_ask *ask)
 	struct ovl_lane_file *file;
 	int error = EBADF;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (in.offset > INT64_MAX || in.length > INT64_MAX)
 		return ovl_lane_fail(ask, EINVAL);
 	file = ovl_lane_file_get(ask->fs, in.fh, ask->header.nodeid);
@@ -427,9 +423,8 @@ enum ovl_lane_verdict ovl_lane_lseek(struct ovl_lane_ask *ask)
 	struct fuse_lseek_in in;
 	int64_t at;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if ((in.whence != SEEK_DATA && in.whence != SEEK_HOLE) || in.offset > INT64_MAX)
 		return ovl_lane_fail(ask, EINVAL);
 	if (ask->fs->no_open) {
@@ -501,9 +496,8 @@ enum ovl_lane_verdict ovl_lane_copy(struct ovl_lane_ask *ask)
 	uint64_t done = 0;
 	ssize_t n = -EBADF;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (in.flags || in.off_in > INT64_MAX || in.off_out > INT64_MAX)
 		return ovl_lane_fail(ask, EINVAL);
 	if (in.len > COPY_MAX)

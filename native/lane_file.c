@@ -344,8 +344,32 @@ void ovl_lane_file_release(struct ovl_lane_fs *fs, uint64_t fh)
 	pthread_mutex_unlock(&files->lock);
 }
 
-/* The descriptor to change a file by, if a client has it open for writing. */
-int ovl_lane_file_fd(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid)
+struct ovl_lane_io *ovl_lane_io_hold(struct ovl_lane_fs *fs, uint64_t nodeid, int *fd)
+{
+	struct ovl_lane_io *io;
+
+	pthread_mutex_lock(&fs->files.lock);
+	io = *io_slot(&fs->files, nodeid);
+	if (io && io->fd < 0)
+		io = NULL;
+	if (io) {
+		io->handles++;
+		*fd = io->fd;
+	}
+	pthread_mutex_unlock(&fs->files.lock);
+	return io;
+}
+
+void ovl_lane_io_let_go(struct ovl_lane_fs *fs, struct ovl_lane_io *io)
+{
+	pthread_mutex_lock(&fs->files.lock);
+	io->handles--;
+	io_drop_if_unused(fs, io);
+	pthread_mutex_unlock(&fs->files.lock);
+}
+
+/* The upper file of a handle that nobody else has heard of yet, borrowed; -1: it is none. */
+static int fresh_fd(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid)
 {
 	struct ovl_lane_files *files = &fs->files;
 	int fd = -1;
@@ -384,7 +408,7 @@ void ovl_lane_file_dress(struct ovl_lane_fs *fs, uint64_t nodeid)
 ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh, bool kill)
 {
 	const struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
-	int fd = ovl_lane_file_fd(fs, fh, nodeid);
+	int fd = fresh_fd(fs, fh, nodeid);
 	struct ovl_entry entry;
 	struct stat st;
 
@@ -404,7 +428,7 @@ ovl_err_t ovl_lane_truncate_opened(struct ovl_lane_fs *fs, uint64_t nodeid, uint
  * see the writes that have to take the bits away: they go now. */
 static ovl_err_t kill_at_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t fh)
 {
-	int fd = ovl_lane_file_fd(fs, fh, nodeid);
+	int fd = fresh_fd(fs, fh, nodeid);
 	struct ovl_entry entry;
 	ovl_err_t err = 0;
 	struct stat st;
@@ -431,10 +455,10 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 	struct fuse_open_in in;
 	bool change, gated;
 	ovl_err_t err;
+	int fd = -1;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	change = wants_write(in.flags) || in.flags & O_TRUNC;
 	if (fs->no_open)
 		return ovl_lane_fail(ask, change ? EROFS : ENOSYS);
@@ -444,14 +468,15 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 	if (gated && !ovl_gate_change(&fs->gate))
 		return OVL_LANE_PASS;
 	if (gated && !ovl_tree_has_upper_data(fs->tree, ask->header.nodeid)) {
-		err = ovl_lane_copy_up(fs, ask->header.nodeid, in.flags & O_TRUNC ? OVL_LANE_COPY_EMPTY : OVL_LANE_COPY_DATA);
+		err = ovl_lane_copy_up(fs, ask->header.nodeid, in.flags & O_TRUNC ? OVL_LANE_COPY_EMPTY : OVL_LANE_COPY_DATA,
+				       &fd);
 		if (err) {
 			ovl_gate_changed(&fs->gate);
 			/* What is passed on Python copies up; then ovl_lane_fs_patch opens it. */
 			return err > 0 ? OVL_LANE_PASS : ovl_lane_fail(ask, -err);
 		}
 	}
-	err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), -1, &out);
+	err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), fd, &out);
 	if (!gated && (err == -ESTALE || err == -ENOENT)) { /* somebody renames: again, when it is over */
 		if (!ovl_gate_change(&fs->gate))
 			return OVL_LANE_PASS;
@@ -479,9 +504,8 @@ enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask)
 {
 	struct fuse_release_in in;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	ovl_lane_file_release(ask->fs, in.fh);
 	return OVL_LANE_ANSWERED;
 }

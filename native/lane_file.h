@@ -14,7 +14,7 @@ struct ovl_lane_io {
 	int fd;         /* the upper file, O_RDWR; -1: not open, or not to be had */
 	int32_t backing; /* its id in the kernel; 0: none */
 	size_t handles, cached, passed, writers;
-	bool bare; /* made here, and nobody has set an xattr since: there are no capabilities to ask the disk for */
+	bool bare; /* made or copied up here without any, and nobody has set an xattr since: there are no capabilities to ask the disk for */
 };
 
 struct ovl_lane_file {

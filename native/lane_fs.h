@@ -20,6 +20,8 @@
 
 #include <linux/fuse.h>
 #include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "gate.h"
 #include "lane.h"
@@ -47,7 +49,7 @@ struct ovl_lane_dir {
 	bool has_lower, default_acl, impure;
 };
 
-#define OVL_LANE_DIRS 4u
+#define OVL_LANE_DIRS 64u
 
 struct ovl_lane_file;
 struct ovl_lane_io;
@@ -95,6 +97,28 @@ static inline enum ovl_lane_verdict ovl_lane_fail(struct ovl_lane_ask *ask, int 
 	return OVL_LANE_ANSWERED;
 }
 
+/* A path of what is at a descriptor, for calls that take no O_PATH descriptor. */
+struct ovl_lane_proc {
+	char text[sizeof("/proc/self/fd/2147483647")];
+};
+
+static inline struct ovl_lane_proc ovl_lane_proc(int fd)
+{
+	struct ovl_lane_proc proc;
+
+	snprintf(proc.text, sizeof(proc.text), "/proc/self/fd/%d", fd);
+	return proc;
+}
+
+/* The fixed part that a body begins with.  False: the body is too short for it. */
+static inline bool ovl_lane_head(const struct ovl_lane_ask *ask, void *head, size_t size)
+{
+	if (ask->size < size)
+		return false;
+	memcpy(head, ask->body, size);
+	return true;
+}
+
 /* lane_tree.c */
 void ovl_lane_put(struct ovl_lane_answer *answer, const void *value, size_t size);
 void ovl_lane_fill_attr(const struct ovl_entry *entry, struct fuse_attr *out);
@@ -102,6 +126,8 @@ void ovl_lane_fill_attr(const struct ovl_entry *entry, struct fuse_attr *out);
 void ovl_lane_fill_entry(const struct ovl_entry *entry, struct fuse_entry_out *out);
 /* A name at the start of the body; its length, or 0: not one that a request may have. */
 size_t ovl_lane_name(const unsigned char *text, size_t size);
+/* The fixed part, and the length of the name that follows it, or 0. */
+size_t ovl_lane_head_and_name(const struct ovl_lane_ask *ask, void *head, size_t size);
 
 /* lane_file.c */
 int ovl_lane_files_init(struct ovl_lane_files *files);
@@ -113,8 +139,9 @@ enum ovl_lane_verdict ovl_lane_release(struct ovl_lane_ask *ask);
 /* Opens a regular file for a client that is told `out`; `fd` >= 0: its upper file, open for reading and writing, ours
  * from now on in any case. */
 ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t flags, int fd, struct fuse_open_out *out);
-/* A descriptor of an upper file that somebody has open for writing, borrowed from the handle `fh`; -1: none. */
-int ovl_lane_file_fd(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid);
+/* The upper file of an inode, open for reading and writing, if it is open; it stays so until it is let go.  NULL: not open. */
+struct ovl_lane_io *ovl_lane_io_hold(struct ovl_lane_fs *fs, uint64_t nodeid, int *fd);
+void ovl_lane_io_let_go(struct ovl_lane_fs *fs, struct ovl_lane_io *io);
 /* Is it certain that the inode has no xattrs?  And: somebody may be about to set some. */
 bool ovl_lane_file_is_bare(struct ovl_lane_fs *fs, uint64_t nodeid);
 void ovl_lane_file_dress(struct ovl_lane_fs *fs, uint64_t nodeid);
@@ -154,8 +181,9 @@ enum ovl_lane_copy {
 	OVL_LANE_COPY_DATA,
 	OVL_LANE_COPY_EMPTY, /* nobody will miss the data */
 };
-/* OVL_ASK: not the plain case, pass the request on; nothing has changed. */
-ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how);
+/* OVL_ASK: not the plain case, pass the request on; nothing has changed.  `out`: the copy, open for reading and writing, which
+ * is the caller's then; NULL: not wanted. */
+ovl_err_t ovl_lane_copy_up(struct ovl_lane_fs *fs, uint64_t nodeid, enum ovl_lane_copy how, int *out);
 /* The same for a directory, and those above it. */
 ovl_err_t ovl_lane_copy_up_dir(struct ovl_lane_fs *fs, uint64_t nodeid);
 /* A metacopy gets another name: it has to say where its data is.  `object`: a path of the object.  OVL_ASK as above. */

@@ -97,7 +97,6 @@ enum ovl_lane_verdict ovl_lane_statx(struct ovl_lane_ask *ask)
 /* Opens a file or a directory for an ioctl; -1: in a tar. */
 static int open_object(struct ovl_lane_ask *ask, bool *upper, int *error)
 {
-	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct ovl_entry entry;
 	struct ovl_data meta;
 	int fd;
@@ -111,8 +110,7 @@ static int open_object(struct ovl_lane_ask *ask, bool *upper, int *error)
 	*upper = meta.upper;
 	if (meta.kind == OVL_DATA_TAR)
 		return -1;
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", meta.fd);
-	fd = open(proc, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+	fd = open(ovl_lane_proc(meta.fd).text, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	if (fd < 0)
 		*error = errno;
 	close(meta.fd);
@@ -167,9 +165,8 @@ enum ovl_lane_verdict ovl_lane_ioctl(struct ovl_lane_ask *ask)
 	bool upper;
 	int fd, error;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (in.in_size > ask->size - sizeof(in))
 		return ovl_lane_fail(ask, EIO);
 	switch (in.cmd) {

@@ -84,6 +84,11 @@ size_t ovl_lane_name(const unsigned char *text, size_t size)
 	return len < size && !memchr(text, '/', len) ? len : 0;
 }
 
+size_t ovl_lane_head_and_name(const struct ovl_lane_ask *ask, void *head, size_t size)
+{
+	return ovl_lane_head(ask, head, size) ? ovl_lane_name(ask->body + size, ask->size - size) : 0;
+}
+
 static unsigned how(const struct ovl_lane_ask *ask, unsigned more)
 {
 	return more | (ask->renaming ? OVL_KNOWN : 0);
@@ -294,9 +299,8 @@ static enum ovl_lane_verdict answer_listing(struct ovl_lane_ask *ask)
 	bool full = false;
 	ovl_err_t err;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	/* For the session, which knows a directory by its handle: there are none (see answer_opendir). */
 	in.fh = ask->header.nodeid;
 	memcpy(ask->body, &in, sizeof(in));

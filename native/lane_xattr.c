@@ -78,7 +78,6 @@ static enum ovl_lane_verdict get_from_tar(struct ovl_lane_ask *ask, uint32_t wan
 
 enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 {
-	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct fuse_getxattr_in in;
 	struct ovl_data meta;
 	const char *name;
@@ -95,8 +94,7 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 		return OVL_LANE_PASS;
 	if (meta.kind == OVL_DATA_TAR)
 		return get_from_tar(ask, in.size, &meta, name);
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", meta.fd);
-	size = getxattr(proc, name, ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
+	size = getxattr(ovl_lane_proc(meta.fd).text, name, ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
 	error = errno;
 	close(meta.fd);
 	if (size >= 0) {
@@ -120,22 +118,19 @@ enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask)
 
 enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask)
 {
-	char proc[sizeof("/proc/self/fd/2147483647")];
 	struct ovl_index_xattr_iter iter;
 	struct fuse_getxattr_in in;
 	struct ovl_data meta;
 	ssize_t size;
 
-	if (ask->size < sizeof(in))
+	if (!ovl_lane_head(ask, &in, sizeof(in)))
 		return ovl_lane_fail(ask, EIO);
-	memcpy(&in, ask->body, sizeof(in));
 	if (ovl_tree_open_meta(ask->fs->tree, ask->header.nodeid, &meta))
 		return OVL_LANE_PASS;
 	if (meta.kind == OVL_DATA_TAR) /* those that have none, which is nearly all */
 		return ovl_index_xattrs(meta.layer->index, meta.ref, &iter) || iter.left > 0 ? OVL_LANE_PASS
 											      : give(ask, in.size, "", 0);
-	snprintf(proc, sizeof(proc), "/proc/self/fd/%d", meta.fd);
-	size = listxattr(proc, (char *)ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
+	size = listxattr(ovl_lane_proc(meta.fd).text, (char *)ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
 	close(meta.fd);
 	if (size < 0)
 		return OVL_LANE_PASS;

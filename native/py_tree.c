@@ -653,13 +653,16 @@ static PyObject *inode_get(PyObject *object, void *closure)
 {
 	struct inode *self = (struct inode *)object;
 	enum field field = (enum field)(uintptr_t)closure;
-	struct ovl_description description;
+	struct ovl_description description = {0};
 	PyObject *result = NULL;
 	ovl_err_t err;
 
 	if (!self->tree)
 		return raise_stale();
-	err = ovl_tree_describe(self->tree->core, self->nodeid, field == LOWER, &description);
+	if (field == ATTR)
+		err = ovl_tree_get(self->tree->core, self->nodeid, &description.entry);
+	else
+		err = ovl_tree_describe(self->tree->core, self->nodeid, field == LOWER, &description);
 	if (err)
 		return ovl_raise(err);
 	switch (field) {

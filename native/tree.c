@@ -1196,7 +1196,7 @@ static ovl_err_t describe_lower(const struct ovl_tree *tree, const struct node *
 	return err;
 }
 
-ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lower, struct ovl_description *out)
+ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool whole, struct ovl_description *out)
 {
 	struct node *node;
 	ovl_err_t err;
@@ -1205,7 +1205,7 @@ ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lo
 	pthread_rwlock_rdlock(&tree->lock);
 	err = ovl_tree_find(tree, nodeid, &node);
 	if (!err) {
-		fill_entry(node, &out->entry);
+		out->entry = (struct ovl_entry){.nodeid = node->nodeid, .ino = node->ino, .attr = node->attr};
 		out->nlookup = __atomic_load_n(&node->nlookup, __ATOMIC_RELAXED);
 		out->upper_ino = node->upper_ino;
 		out->upper = node->flags & NODE_UPPER;
@@ -1216,7 +1216,9 @@ ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lo
 		out->name_count = node->parent ? 1 : 0;
 		if (!is_dir(node) && node->u.extra)
 			out->name_count += node->u.extra->used;
-		if (with_lower)
+		if (whole && node->flags & NODE_LIVE)
+			ovl_node_read_live(node, &out->entry.attr);
+		if (whole)
 			err = describe_lower(tree, node, out);
 	}
 	pthread_rwlock_unlock(&tree->lock);

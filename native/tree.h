@@ -129,7 +129,9 @@ struct ovl_description {
 	struct ovl_source_copy *lower;
 	size_t lower_count;
 };
-ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool with_lower, struct ovl_description *out);
+/* `whole`: with the sources below, and, as ovl_tree_get, with what the size and times of a file that is open for writing
+ * are now; else the caller looks at the file itself, or needs neither. */
+ovl_err_t ovl_tree_describe(struct ovl_tree *tree, uint64_t nodeid, bool whole, struct ovl_description *out);
 void ovl_description_clear(struct ovl_description *description);
 
 size_t ovl_tree_count(struct ovl_tree *tree);
