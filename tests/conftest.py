@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -40,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell has what it starts in the background ignore SIGINT, and so would all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # tmpfs where there is one: faster, and with user.* xattrs since Linux 6.6.
     config.stash[_SESSION] = Path(tempfile.mkdtemp(prefix="ovlfs-test-", dir=_scratch_base()))
 

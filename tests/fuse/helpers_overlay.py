@@ -1,4 +1,4 @@
-"""One overlay of directories or of an image, mounted by the real command as often as wanted, and by the kernel."""
+"""One overlay of directories or of an image, mounted by the real command, or by the kernel, as often as wanted."""
 
 import hashlib
 import io
@@ -12,18 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import processes
 from helpers_tree import SHOWN, Tree, look
 
 from ovlfs.fuse import mounting
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+KERNEL_OPTIONS = "redirect_dir=on,metacopy=on"
 
 
 @dataclass
 class Overlay:
     """Directories `lower` (the topmost first), `upper` and `work` below a scratch directory, and a mount of them.
 
-    `image`, if it is set, is what is mounted instead of `lower`.
+    Attributes:
+        image: what is mounted instead of `lower`, if it is set.
+        how: who mounts: "lane", "no_lane" (both are ovlfs), or "kernel", with redirects and metacopies, too.
     """
 
     ovlfs: Run
@@ -31,6 +35,7 @@ class Overlay:
     layers: int = 1
     options: str = ""
     image: Path | None = None
+    how: str = "lane"
     _lowers: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,18 +65,28 @@ class Overlay:
         return self.base / "mnt"
 
     def words(self) -> list[str]:
-        """The command line of a mount, without the mountpoint."""
+        """The command line of `ovlfs mount`, without the mountpoint."""
         if self.image is not None:
             return ["--upper", str(self.upper), "--work", str(self.work), str(self.image)]
+        return [*(["--no-lane"] if self.how == "no_lane" else []), "-o", f"{self._directories()}{self.options}"]
+
+    def _directories(self) -> str:
         lowerdir = ":".join(map(str, self._lowers))
-        return ["-o", f"lowerdir={lowerdir},upperdir={self.upper},workdir={self.work}{self.options}"]
+        return f"lowerdir={lowerdir},upperdir={self.upper},workdir={self.work}"
 
     def mount(self) -> Path:
-        self.ovlfs("mount", *self.words(), self.mnt)
+        if self.how == "kernel":
+            kernel_mount(self.mnt, f"{self._directories()}{self.options},{KERNEL_OPTIONS}")
+        else:
+            self.ovlfs("mount", *self.words(), self.mnt)
         return self.mnt
 
     def umount(self) -> None:
-        self.ovlfs("umount", self.mnt)
+        """In order, and until the daemon has let go of everything."""
+        if self.how == "kernel":
+            mounting.unmount(os.fsencode(self.mnt))
+        else:
+            self.ovlfs("umount", self.mnt)
 
     def remount(self) -> Path:
         self.umount()
@@ -93,8 +108,13 @@ class Overlay:
 
     def take_away(self) -> None:
         """Unmount, whatever state it is in."""
-        if self.mounted and self.ovlfs("umount", self.mnt, code=None).returncode != 0:
+        if self.mounted and (self.how == "kernel" or self.ovlfs("umount", self.mnt, code=None).returncode != 0):
             mounting.unmount(os.fsencode(self.mnt), lazy=True)
+
+    def kill(self) -> None:
+        """SIGKILL the daemon, and take away what it leaves."""
+        processes.kill(self.pid)
+        self.take_away()
 
     # ---- what is in the upperdir
 
@@ -120,21 +140,21 @@ class Overlay:
         return [name for name in os.listdir(self.work / "work") if name != "#whiteout"]
 
     @contextmanager
-    def by_kernel(self, options: str = "redirect_dir=on,metacopy=on", *, read_only: bool = False) -> Iterator[Path]:
+    def by_kernel(self, options: str = KERNEL_OPTIONS, *, read_only: bool = False) -> Iterator[Path]:
         """The same directories mounted by kernel overlayfs, in another place; ours must not be mounted meanwhile."""
         assert not self.mounted
         mountpoint = self.base / "kernel"
         mountpoint.mkdir(exist_ok=True)
-        lowerdir = ":".join(map(str, self._lowers))
-        if read_only:
-            words = f"ro,lowerdir={self.upper}:{lowerdir},{options}"
-        else:
-            words = f"lowerdir={lowerdir},upperdir={self.upper},workdir={self.work},{options}"
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", words, mountpoint], check=True, timeout=30)
+        layers = ":".join(map(str, [self.upper, *self._lowers]))
+        kernel_mount(mountpoint, f"{f'ro,lowerdir={layers}' if read_only else self._directories()},{options}")
         try:
             yield mountpoint
         finally:
-            subprocess.run(["umount", mountpoint], check=True, timeout=30)
+            mounting.unmount(os.fsencode(mountpoint))
+
+
+def kernel_mount(mountpoint: Path, words: str) -> None:
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", words, mountpoint], check=True, timeout=30)
 
 
 @contextmanager
@@ -154,6 +174,13 @@ def fingerprint(*directories: Path) -> Tree:
         for path, line in look(bytes(directory)).items():
             tree[f"{directory.name}/{path}"] = {key: line[key] for key in (*SHOWN, "ino", "nlink")}
     return tree
+
+
+def state(path: Path) -> tuple[Any, ...]:
+    """All of one file that a change would show in, but for atime."""
+    st = os.lstat(path)
+    return (path.read_bytes(), st.st_mode, st.st_uid, st.st_gid, st.st_nlink, st.st_mtime_ns, st.st_ctime_ns, st.st_ino,
+            sorted(os.listxattr(path)))  # fmt: skip
 
 
 Member = tuple[str, bytes | str | None]

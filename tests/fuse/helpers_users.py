@@ -54,6 +54,16 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
+def as_user(script: str, *arguments: object) -> str:
+    """What Python code prints that runs as uid 1000, of no other group, in our own namespace.  Its imports are made."""
+    become = f"import ctypes, mmap, os, sys; os.setgroups([]); os.setgid({GID}); os.setuid({UID})\n"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", become + script, *map(str, arguments)], capture_output=True, text=True, timeout=30
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 @dataclass(frozen=True)
 class User:
     """uid 1000 with a home and a mount namespace of its own.

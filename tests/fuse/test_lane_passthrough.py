@@ -8,21 +8,20 @@ written to, opens fail with EIO, readers see old data, sizes and times are those
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import resource
 import stat
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-from helpers_three import USER, Three, as_user, state
-from helpers_users import User
+from helpers_overlay import Overlay, Run, overlay, state
+from helpers_users import GID, UID, User, as_user
 from test_lane_native import Mount, drop_caches, mounted_by
 
 from ovlfs.layer import sys as layer_sys
@@ -36,26 +35,26 @@ PAGE = 4096
 TEXT = b"lower data " * 2000
 
 
-def three(*hows: str) -> Callable[[Any], Any]:
-    """Which of the mounts of helpers_three.py a test runs on."""
+def mounted_how(*hows: str) -> Callable[[Any], Any]:
+    """By whom the test's overlay is mounted (helpers_overlay.py)."""
     return pytest.mark.parametrize("stack", hows, indirect=True)
 
 
-everywhere = three("lane", "no_lane", "kernel")
-with_unbound = three("lane", "kernel")
+everywhere = mounted_how("lane", "no_lane", "kernel")
+with_unbound = mounted_how("lane", "kernel")
 """What pyfuse3 does not bind works with the lane only."""
 
 
 @pytest.fixture
-def stack(request: pytest.FixtureRequest, ovlfs: Callable[..., Any], scratch: Path) -> Iterator[Three]:
+def stack(request: pytest.FixtureRequest, ovlfs: Run, scratch: Path) -> Iterator[Overlay]:
     """Mounted, over a lower directory with `f` (text), `g` (text) and the directory `d`."""
     for directory in (scratch, scratch.parent):
         directory.chmod(0o711)  # for other users
-    made = Three(ovlfs, scratch, request.param)
-    for name in ("f", "g"):
-        (made.lower / name).write_bytes(TEXT)
-    (made.lower / "d").mkdir()
-    with made.mounted():
+    with overlay(ovlfs, scratch, how=request.param) as made:
+        for name in ("f", "g"):
+            (made.lower / name).write_bytes(TEXT)
+        (made.lower / "d").mkdir()
+        made.mount()
         yield made
 
 
@@ -127,7 +126,7 @@ def test_inode_stays_in_the_page_cache_while_a_reader_of_the_lower_file_has_it_o
 
 
 @everywhere
-def test_writer_beside_a_reader_of_the_lower_file_leaves_the_lower_file_alone(stack: Three) -> None:
+def test_writer_beside_a_reader_of_the_lower_file_leaves_the_lower_file_alone(stack: Overlay) -> None:
     """Both see what is written, also through the old descriptor (kernel: since 4.19); no open fails."""
     before = state(stack.lower / "f")
     path = stack.mnt / "f"
@@ -147,7 +146,7 @@ def test_writer_beside_a_reader_of_the_lower_file_leaves_the_lower_file_alone(st
 
 
 @everywhere
-def test_mapping_of_a_lower_file_survives_a_copy_up(stack: Three) -> None:
+def test_mapping_of_a_lower_file_survives_a_copy_up(stack: Overlay) -> None:
     """It shows the old data or the new, page by page, and the lower file does not change; what is private stays so."""
     before = state(stack.lower / "f")
     path = stack.mnt / "f"
@@ -173,7 +172,7 @@ def test_mapping_of_a_lower_file_survives_a_copy_up(stack: Three) -> None:
 
 
 @everywhere
-def test_shared_mapping_for_writing_does_not_reach_the_lower_file(stack: Three) -> None:
+def test_shared_mapping_for_writing_does_not_reach_the_lower_file(stack: Overlay) -> None:
     """It needs a descriptor that was opened for writing, which is the upper file's."""
     before = state(stack.lower / "f")
     with opened(stack.mnt / "f", os.O_RDWR) as fd, mmap.mmap(fd, 0) as memory:
@@ -189,13 +188,13 @@ def test_shared_mapping_for_writing_does_not_reach_the_lower_file(stack: Three) 
 
 
 @everywhere
-def test_size_and_mtime_follow_who_writes(stack: Three) -> None:
+def test_size_and_mtime_follow_who_writes(stack: Overlay) -> None:
     """stat, fstat and a listing agree after each write, truncation and append, also when the kernel forgot."""
     path = stack.mnt / "new"
     with opened(path, os.O_RDWR | os.O_CREAT) as fd, opened(path, os.O_WRONLY | os.O_APPEND) as appender:
         last = os.stat(path).st_mtime_ns
         for number in range(1, 40):
-            time.sleep(0.005)
+            processes.wait_for_a_tick()
             match number % 4:
                 case 0:
                     os.ftruncate(fd, number * 100)
@@ -223,7 +222,7 @@ def test_size_and_mtime_follow_who_writes(stack: Three) -> None:
 
 
 @everywhere
-def test_o_trunc_of_a_file_that_is_open_empties_it_for_all(stack: Three) -> None:
+def test_o_trunc_of_a_file_that_is_open_empties_it_for_all(stack: Overlay) -> None:
     """Lower or upper, through the page cache or past it; O_TRUNC alone sets mtime."""
     for name in ("f", "g"):
         path = stack.mnt / name
@@ -233,7 +232,7 @@ def test_o_trunc_of_a_file_that_is_open_empties_it_for_all(stack: Three) -> None
         with opened(path, os.O_RDONLY) as reader:
             assert os.pread(reader, 4, 0) == TEXT[:4]
             old = os.stat(path).st_mtime_ns
-            time.sleep(0.005)
+            processes.wait_for_a_tick()
             with opened(path, os.O_WRONLY | os.O_TRUNC) as writer:
                 assert sizes(path, reader) == {0}
                 assert os.stat(path).st_mtime_ns > old
@@ -244,13 +243,13 @@ def test_o_trunc_of_a_file_that_is_open_empties_it_for_all(stack: Three) -> None
         assert state(stack.lower / name) == before
     old = os.stat(stack.mnt / "f").st_mtime_ns
     os.truncate(stack.mnt / "f", 0)
-    time.sleep(0.005)
+    processes.wait_for_a_tick()
     os.close(os.open(stack.mnt / "f", os.O_WRONLY | os.O_TRUNC))
     assert os.stat(stack.mnt / "f").st_mtime_ns > old
 
 
 @everywhere
-def test_two_appenders_lose_nothing(stack: Three) -> None:
+def test_two_appenders_lose_nothing(stack: Overlay) -> None:
     """O_APPEND is resolved where the file is written."""
     path = stack.mnt / "log"
     with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as one, opened(path, os.O_WRONLY | os.O_APPEND) as other:
@@ -264,7 +263,7 @@ def test_two_appenders_lose_nothing(stack: Three) -> None:
 
 @everywhere
 @pytest.mark.parametrize("name", ["f", "new"])
-def test_unlinked_file_is_read_and_written_until_it_is_closed(stack: Three, name: str) -> None:
+def test_unlinked_file_is_read_and_written_until_it_is_closed(stack: Overlay, name: str) -> None:
     """It has no links, and nothing to do with a new file of the same name."""
     path = stack.mnt / name
     if name == "new":
@@ -286,7 +285,7 @@ def test_unlinked_file_is_read_and_written_until_it_is_closed(stack: Three, name
 
 
 @everywhere
-def test_file_that_another_was_renamed_over_stays_what_it_was(stack: Three) -> None:
+def test_file_that_another_was_renamed_over_stays_what_it_was(stack: Overlay) -> None:
     """Descriptors follow the inode, the name the new one; over an upper and over a lower file."""
     for name in ("f", "upper"):
         path, new = stack.mnt / name, stack.mnt / "new"
@@ -305,7 +304,7 @@ def test_file_that_another_was_renamed_over_stays_what_it_was(stack: Three) -> N
 
 
 @with_unbound
-def test_tmpfile_gets_a_name_by_linkat(stack: Three) -> None:
+def test_tmpfile_gets_a_name_by_linkat(stack: Overlay) -> None:
     """O_TMPFILE in a merged directory, written, linked, and written again through the old descriptor."""
     fd = os.open(stack.mnt / "d", os.O_TMPFILE | os.O_RDWR, 0o640)
     try:
@@ -326,7 +325,7 @@ def test_tmpfile_gets_a_name_by_linkat(stack: Three) -> None:
 
 
 @with_unbound
-def test_holes_of_a_passed_through_file(stack: Three) -> None:
+def test_holes_of_a_passed_through_file(stack: Overlay) -> None:
     """fallocate, punch and SEEK_HOLE act on the file that is written; sizes and data are right at once."""
     path = stack.mnt / "new"
     with opened(path, os.O_RDWR | os.O_CREAT) as fd, mmap.mmap(-1, PAGE) as _:
@@ -345,7 +344,7 @@ def test_holes_of_a_passed_through_file(stack: Three) -> None:
 
 
 @with_unbound
-def test_copy_file_range_between_all_kinds(stack: Three) -> None:
+def test_copy_file_range_between_all_kinds(stack: Overlay) -> None:
     """From a lower file and from one that is passed through, into one that is; also within a file."""
     source, target = stack.mnt / "src", stack.mnt / "new"
     source.write_bytes(b"upper " * 1000)
@@ -381,7 +380,7 @@ def privileges(path: Path) -> tuple[str, bool]:
 @everywhere
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["lower", "upper", "upper, open by a writer"])
-def test_unprivileged_writer_takes_privileges_away(stack: Three, way: str, where: str) -> None:
+def test_unprivileged_writer_takes_privileges_away(stack: Overlay, way: str, where: str) -> None:
     """Set-user-ID, set-group-ID and capabilities go with the first write by somebody else; a mapping keeps them."""
     file = (stack.lower if where == "lower" else stack.mnt) / "prog"
     for number in range(2):
@@ -410,7 +409,7 @@ def test_unprivileged_writer_takes_privileges_away(stack: Three, way: str, where
 
 
 @with_unbound
-def test_unprivileged_fallocate_takes_privileges_away(stack: Three) -> None:
+def test_unprivileged_fallocate_takes_privileges_away(stack: Overlay) -> None:
     """FALLOCATE and COPY_FILE_RANGE do not say so; the caller's uid does."""
     path = stack.mnt / "prog"
     for way in (
@@ -428,19 +427,19 @@ def test_unprivileged_fallocate_takes_privileges_away(stack: Three) -> None:
 
 
 @everywhere
-def test_chown_takes_privileges_away(stack: Three) -> None:
+def test_chown_takes_privileges_away(stack: Overlay) -> None:
     """By root too (fs/open.c: chown_common()); set-group-ID without group execution is a mark, and stays."""
     for mode, left in ((0o6755, 0o755), (0o2745, 0o2745)):
         path = stack.mnt / f"prog{mode:o}"
         path.write_bytes(b"program")
         path.chmod(mode)
         os.setxattr(path, "security.capability", CAPABILITY)
-        os.chown(path, USER, USER)
+        os.chown(path, UID, GID)
         assert privileges(path) == (oct(left), False)
 
 
 @everywhere
-def test_root_writes_without_taking_bits_away(stack: Three) -> None:
+def test_root_writes_without_taking_bits_away(stack: Overlay) -> None:
     """CAP_FSETID keeps the mode; capabilities go with any write (security/commoncap.c: cap_inode_need_killpriv())."""
     path = stack.mnt / "prog"
     path.write_bytes(b"program")
@@ -454,22 +453,8 @@ def test_root_writes_without_taking_bits_away(stack: Three) -> None:
 # ---- durability, and ends --------------------------------------------------------------------------------------------
 
 
-def wait_for_the_end(mnt: Path) -> None:
-    """Of a daemon that was killed: requests are refused from then on."""
-    for _ in range(2000):
-        try:
-            os.stat(mnt / "never")
-        except FileNotFoundError:
-            time.sleep(0.01)
-        except OSError as error:
-            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                return
-            raise
-    pytest.fail("it still answers")
-
-
-@three("lane", "no_lane")
-def test_killed_daemon_keeps_what_was_synced(stack: Three, ovlfs: Callable[..., Any]) -> None:
+@mounted_how("lane", "no_lane")
+def test_killed_daemon_keeps_what_was_synced(stack: Overlay) -> None:
     """SIGKILL while files are open: the lower layer is whole, what fsync returned for is there, a remount goes on."""
     with contextlib.ExitStack() as files:
         new = files.enter_context(opened(stack.mnt / "new", os.O_RDWR | os.O_CREAT))
@@ -481,11 +466,7 @@ def test_killed_daemon_keeps_what_was_synced(stack: Three, ovlfs: Callable[..., 
         os.fdatasync(copied)
         (stack.mnt / "f").rename(stack.mnt / "d/moved")
         (stack.mnt / "g").unlink()
-        found = ovlfs("mounts", "--json").stdout
-        pid = next(one["pid"] for one in json.loads(found) if one["mountpoint"] == str(stack.mnt))
-        os.kill(pid, 9)
-        wait_for_the_end(stack.mnt)
-    subprocess.run(["umount", "-l", stack.mnt], check=True)
+        stack.kill()
     stack.mount()
     assert (stack.mnt / "new").read_bytes() == b"synced"
     assert (stack.mnt / "d/moved").read_bytes() == b"SYNCED" + TEXT[6:]
@@ -494,13 +475,11 @@ def test_killed_daemon_keeps_what_was_synced(stack: Three, ovlfs: Callable[..., 
 
 
 @everywhere
-def test_volatile_mount_says_that_it_synced(ovlfs: Callable[..., Any], scratch: Path, stack: Three) -> None:
-    """All of them return at once, and reports no error."""
-    base = scratch / "volatile"
-    base.mkdir()
-    mounts = Three(ovlfs, base, stack.how, ",volatile")
-    (mounts.lower / "f").write_bytes(TEXT)
-    with mounts.mounted() as mnt, opened(mnt / "f", os.O_RDWR) as fd, opened(mnt, os.O_RDONLY) as directory:
+def test_volatile_mount_says_that_it_synced(stack: Overlay) -> None:
+    """All of them return at once, and report no error."""
+    stack.options = ",volatile"
+    mnt = stack.remount()
+    with opened(mnt / "f", os.O_RDWR) as fd, opened(mnt, os.O_RDONLY) as directory:
         os.write(fd, b"UPPER")
         os.fsync(fd)
         os.fdatasync(fd)
@@ -509,7 +488,7 @@ def test_volatile_mount_says_that_it_synced(ovlfs: Callable[..., Any], scratch: 
 
 
 @everywhere
-def test_lazy_unmount_leaves_open_files_working(stack: Three) -> None:
+def test_lazy_unmount_leaves_open_files_working(stack: Overlay) -> None:
     """After umount -l, what is open is read, written and synced as before; the end comes with the last close."""
     with opened(stack.mnt / "new", os.O_RDWR | os.O_CREAT) as fd, opened(stack.mnt / "f", os.O_RDONLY) as reader:
         os.write(fd, b"before ")
@@ -569,7 +548,7 @@ def test_running_out_of_descriptors_is_an_errno_and_passes(scratch: Path) -> Non
 
 
 @everywhere
-def test_thousands_of_open_files(stack: Three) -> None:
+def test_thousands_of_open_files(stack: Overlay) -> None:
     """Far more than the 1024 that a process may have by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8000), hard))

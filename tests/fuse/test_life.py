@@ -33,8 +33,7 @@ def listed(ovlfs: Run, mountpoint: Path) -> dict[str, Any]:
 def kill(ovlfs: Run, mountpoint: Path, number: int = signal.SIGKILL) -> int:
     """Send the daemon a signal and wait until it is gone; its pid."""
     pid = int(listed(ovlfs, mountpoint)["pid"])
-    os.kill(pid, number)
-    processes.wait_until(lambda: not processes.is_running(pid), "the daemon ended")
+    processes.kill(pid, number)
     return pid
 
 
