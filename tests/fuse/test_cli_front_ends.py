@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,13 +252,8 @@ def test_inspect_describes_layers(ovlfs: Run, image: Path) -> None:
 
 
 def test_help_is_quick(ovlfs: Run) -> None:
-    """At most 0.1 s on an idle machine: nothing heavy is imported.  The best of several, others may be busy here."""
-    best = 10.0
-    for _ in range(5):
-        start = time.monotonic()
-        assert "ovlfs mount image.tar /mnt/root" in ovlfs("--help").stdout
-        best = min(best, time.monotonic() - start)
-    assert best < 0.25
+    """Nothing heavy is imported.  (How long it takes: scripts/bench-layers.)"""
+    assert "ovlfs mount image.tar /mnt/root" in ovlfs("--help").stdout
     heavy = "import sys, ovlfs.cli.main; print({'pyfuse3', 'trio', 'zstandard', 'hashlib'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
