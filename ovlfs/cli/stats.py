@@ -68,7 +68,7 @@ def _show(stats: dict[str, Any]) -> None:
     for name, one in [*sorted(stats["operations"].items(), key=lambda item: -item[1]["requests"]), everything]:
         python = one["extra"] + one["forwarded"]
         print(
-            f"{printable(name):<16} {one['requests']:>9} {one['native']:>9} {python:>9}   "
+            f"{name:<16} {one['requests']:>9} {one['native']:>9} {python:>9}   "
             f"{_pair(one.get('native_us')):>17} {_pair(one.get('python_us')):>19}".rstrip()
         )
     caches, memory = stats["caches"], stats["memory"]
@@ -79,7 +79,7 @@ def _show(stats: dict[str, Any]) -> None:
     print(
         f"memory   {memory['resident_bytes'] / 2**20:.1f} MiB resident, {memory['peak_bytes'] / 2**20:.1f} MiB at most"
     )
-    decisions = ", ".join(f"{count} x {printable(what)}" for what, count in stats["decisions"].items())
+    decisions = ", ".join(f"{count} x {what}" for what, count in stats["decisions"].items())
     print(f"decided  {decisions or 'nothing so far'}")
     print(f"copied   {stats['copied_up_bytes']} bytes up")
 

@@ -11,7 +11,7 @@ When nobody looks, the mount does no more than count.  A reader that is too slow
 import argparse
 import json
 import os
-import time
+from datetime import UTC, datetime
 from typing import Any
 
 from ovlfs.cli.main import Parser
@@ -41,10 +41,9 @@ def run(args: argparse.Namespace) -> int:
     mounted = client.find(args.mount)
     with client.connected(mounted, "trace", operations=operations, paths=paths) as messages:
         for message in messages:
-            for event in message["events"]:
+            for event in message.get("events", ()):
                 print(json.dumps(event) if args.json else _line(event))
-            if message["dropped"]:
-                lost = message["dropped"]
+            if lost := message.get("dropped"):
                 print(json.dumps({"dropped": lost}) if args.json else f"... {lost} lines were lost: too many, too fast")
             print(end="", flush=True)
     return 0
@@ -66,12 +65,7 @@ def _filter(given: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _line(event: dict[str, Any]) -> str:
-    seconds = float(event["at"])
-    clock = time.strftime("%H:%M:%S", time.localtime(seconds)) + f"{seconds % 1:.6f}"[1:]
+    clock = datetime.fromtimestamp(event["at"], tz=UTC).astimezone().strftime("%H:%M:%S.%f")
     took = "-" if event["us"] is None else f"{event['us']:.0f} us"
-    words = [printable(str(event["path"])).replace("\\\\", "\\"), printable(str(event["detail"]))]
-    if event["error"]:
-        words.append(printable(str(event["error"])))
-    return (
-        f"{clock} {event['by']:<6} {printable(event['op']):<12} {took:>9}  {'  '.join(word for word in words if word)}"
-    )
+    words = "  ".join(filter(None, (event["path"], event["detail"], event["error"])))
+    return f"{clock} {event['by']:<6} {event['op']:<12} {took:>9}  {words}"

@@ -1,7 +1,8 @@
 """What does a running mount say about itself?  The asking side of control.py, for commands.
 
 A mountpoint leads to its record (mounting.py), the record to the socket beside it.  The one who answers must be the
-process that the record names.  Another user's daemon is not trusted by root either: what it sends is bounded.
+process that the record names.  Another user's daemon is not trusted by root either: what it sends is bounded, and
+made printable.
 """
 
 import json
@@ -37,7 +38,8 @@ def ask(mounted: mounting.Mounted, verb: str, **arguments: Any) -> Any:
     """The one answer to a request.  Raises MountError, also with what the daemon says."""
     with connected(mounted, verb, **arguments) as lines:
         for message in lines:
-            return message["ok"]
+            if "ok" in message:
+                return message["ok"]
     raise MountError(f"{_name(mounted)}: its daemon gave no answer")
 
 
@@ -62,7 +64,7 @@ def connected(mounted: mounting.Mounted, verb: str, **arguments: Any) -> Iterato
 
 
 def _connect(sock: socket.socket, path: bytes) -> None:
-    """As in Control.listen: the path may be longer than an address."""
+    """By way of its directory: the path may be longer than an address (control.py)."""
     dirfd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         sock.connect(b"/proc/self/fd/%d/%s" % (dirfd, os.path.basename(path)))
@@ -93,16 +95,28 @@ def _lines(sock: socket.socket, mounted: mounting.Mounted) -> Iterator[dict[str,
 
 def _decoded(line: bytes, mounted: mounting.Mounted, sock: socket.socket) -> dict[str, Any]:
     try:
-        message = json.loads(line)
+        message = _shown(json.loads(line))
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict) or not message.keys() & {"ok", "error", "events"}:
         raise MountError(f"{_name(mounted)}: its daemon gave no answer that can be read")
     if "error" in message:
-        raise MountError(f"{_name(mounted)}: {printable(str(message['error']))}")
+        raise MountError(f"{_name(mounted)}: {message['error']}")
     if "events" in message:
         sock.settimeout(None)  # events come when something happens
     return message
+
+
+def _shown(value: Any) -> Any:
+    """With all text as printable() makes it.  Ours is so already, and stays as it is."""
+    match value:
+        case str():
+            return value if value.isprintable() else printable(value)
+        case list():
+            return [_shown(one) for one in value]
+        case dict():
+            return {_shown(key): _shown(one) for key, one in value.items()}
+    return value
 
 
 def _name(mounted: mounting.Mounted) -> str:

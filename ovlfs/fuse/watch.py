@@ -12,6 +12,7 @@ listener.
 Locks: none; all of it runs in the mount's trio thread, and nothing awaits but sleeping and sending.
 """
 
+import contextlib
 import errno
 import time
 from array import array
@@ -41,6 +42,8 @@ _KNOWN_MAX = 65536
 """Paths of inodes that were seen: one that is forgotten has none any more."""
 _QUEUE_MAX = 16384
 _EVERY_S = 0.05
+_LAST_S = 1.0
+"""For what happened last to be taken, when the mount ends."""
 _BATCH = 256
 
 _MERGE = 1
@@ -147,6 +150,7 @@ class _Tracing:
         self._pending: list[tuple[int, Message]] = []  # (time.monotonic_ns, event)
         self._dropped = 0
         self._known: dict[int, str] = {}  # by nodeid; while somebody listens
+        self._offset_ns = 0  # from the clock that goes evenly to that of the day, once: times stay in order
 
     @property
     def listeners(self) -> int:
@@ -162,16 +166,25 @@ class _Tracing:
         try:
             await send({"events": [], "dropped": 0})  # from here on nothing is missed
             while True:
-                await trio.sleep(_EVERY_S)
-                self._collect()
-                while (message := listener.take()) is not None:
-                    await send(message)
+                try:
+                    await trio.sleep(_EVERY_S)
+                except trio.Cancelled:  # the mount ends (or the client is gone): the last moment is told, too
+                    with trio.move_on_after(_LAST_S, shield=True), contextlib.suppress(trio.BrokenResourceError):
+                        await self._tell(listener, send)
+                    raise
+                await self._tell(listener, send)
         finally:
             self._listeners.remove(listener)
             if not self._listeners:
                 self._end()
 
+    async def _tell(self, listener: _Listener, send: Send) -> None:
+        self._collect()
+        while (message := listener.take()) is not None:
+            await send(message)
+
     def _begin(self) -> None:
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._watch.trace.start(_RING_RECORDS)
         self._watch.operations.meter.watcher = self._requested
         self._watch.stack.events.listeners.append(self._decided)
@@ -194,9 +207,8 @@ class _Tracing:
             found += [(record[2], self._recorded(*record)) for record in records]
             if not records:
                 break
-        offset_ns = time.time_ns() - time.monotonic_ns()
         for at_ns, event in sorted(found, key=lambda one: one[0]):
-            event["at"] = (at_ns + offset_ns) / 1e9
+            event["at"] = (at_ns + self._offset_ns) / 1e9
             for listener in self._listeners:
                 listener.put(event)
         for listener in self._listeners:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers_explain import Run, explained
-from processes import is_running, wait_until
+from processes import kill, wait_until
 
 from ovlfs.fuse.client import find
 
@@ -64,9 +63,7 @@ def test_what_a_killed_daemon_left_is_swept_by_the_next_mount(mountpoint: Path, 
     (left,) = sockets()
     record = find(bytes(mountpoint)).record
     assert record is not None
-    pid = record.pid
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(pid), "the daemon is gone")
+    kill(record.pid)
     assert "its daemon is gone" in ovlfs("stats", mountpoint, code=1).stderr
     ovlfs("umount", mountpoint)
     stray = left.with_name("1-1.sock")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers_explain import Run
+from processes import wait_until
 
 from ovlfs.fuse.meter import Meter, bucket, bucket_ns, percentile
 
@@ -41,7 +42,8 @@ def test_requests_are_counted_by_name_and_by_who_answered(lane: bool, words: str
         (mountpoint / "d").mkdir()
     with (mountpoint / "d/file2").open("ab") as file:
         file.write(b"more")
-        assert numbers(ovlfs, mountpoint)["caches"]["open_files"] == 1
+        # the kernel does not wait for the RELEASE of file0
+        wait_until(lambda: numbers(ovlfs, mountpoint)["caches"]["open_files"] == 1, "one file is open")
 
     after = numbers(ovlfs, mountpoint)
 
@@ -81,9 +83,10 @@ def test_forgets_are_counted(words: str, ovlfs: Run, mounted: Mount) -> None:
         os.stat(mountpoint / f"d/file{number}")
         (mountpoint / f"d/file{number}").unlink()
 
-    counts = numbers(ovlfs, mountpoint)["operations"]
+    def counted() -> bool:
+        return bool({"FORGET", "BATCH_FORGET"} & numbers(ovlfs, mountpoint)["operations"].keys())
 
-    assert counts["FORGET"]["requests"] + counts.get("BATCH_FORGET", {"requests": 0})["requests"] > 0
+    wait_until(counted, "the kernel says that it forgot")
 
 
 @pytest.mark.fuse
