@@ -7,14 +7,15 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ovlfs.cli.main import Parser
 from ovlfs.errors import MountError, OvlfsError, UsageError, printable
 
 if TYPE_CHECKING:
-    from ovlfs.explain.lesson import Mounter, Talk
+    from ovlfs.explain.lesson import Mounter, Talk, World
 
 _DESCRIPTION = """\
 Seven lessons about overlay file systems.  Each makes directories, mounts them as an overlay, asks you to predict what
@@ -26,7 +27,8 @@ happens, does it, and shows what came of it.  Nothing is left behind.
   ovlfs lesson | less          to read: nobody is asked
 """
 _KERNEL_OPTIONS = "redirect_dir=on,metacopy=on,index=on"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE = 50
+"""Tenths of a second that a daemon may take to end after the command line was killed."""
 
 
 def parser() -> Parser:
@@ -68,13 +70,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _teach(number: int, mounter: "Mounter", talk: "Talk") -> None:
-    from ovlfs.explain.lesson import world  # noqa: PLC0415
+    from ovlfs.explain.lesson import interruptible, world  # noqa: PLC0415
     from ovlfs.explain.lessons import LESSONS  # noqa: PLC0415
+    from ovlfs.run.supervise import janitor  # noqa: PLC0415
 
     lesson = LESSONS[number - 1]
     talk.title(f"Lesson {number}: {lesson.title}")
-    with _interruptible(), world(mounter, talk) as made, _logs_below(made.root):
-        lesson.run(made, talk)
+    with interruptible(), world(mounter, talk) as made, janitor(lambda: _clean_up_for_the_dead(made)):
+        with _logs_below(made.root):
+            lesson.run(made, talk)
+
+
+def _clean_up_for_the_dead(made: "World") -> None:
+    """In the janitor, when the process of the command line was killed."""
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(OSError, OvlfsError):  # a daemon that was just being started is not done yet
+            made.clean_up()
+        if not os.path.exists(made.root):
+            return
+        time.sleep(0.1)
 
 
 class _Keyboard:
@@ -94,21 +108,6 @@ class _Keyboard:
             signal.set_wakeup_fd(before)
             os.close(waking)
             os.close(wake)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Inside, a signal that would end us raises KeyboardInterrupt, so that everything is cleaned up."""
-
-    def interrupted(_number: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = [(number, signal.signal(number, interrupted)) for number in _SIGNALS]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import NoReturn, Protocol, TextIO
 
 from ovlfs.errors import OvlfsError, printable
 from ovlfs.fuse import mounting
@@ -212,6 +212,19 @@ class World:
         self._command("umount merged" if self.mounter.is_kernel else "ovlfs umount merged")
         self.mounter.unmount(self.path("merged"))
 
+    def clean_up(self) -> None:
+        """Leave nothing: no mount, no directory.  A busy mount is taken away all the same, and told by a MountError."""
+        merged = self.path("merged")
+        try:
+            if mounting.find_mount(os.fsencode(merged)) is not None:
+                self.mounter.unmount(merged)
+        finally:
+            if mounting.find_mount(os.fsencode(merged)) is not None:  # busy, or its daemon is gone
+                mounting.unmount(os.fsencode(merged), lazy=True)
+            for directory, _, _ in os.walk(self.root):
+                os.chmod(directory, 0o700)  # before what is in it is listed; work/work has mode 000
+            shutil.rmtree(self.root)
+
     # ---- what one types ----------------------------------------------------------------------------------------------
 
     def _command(self, text: str) -> None:
@@ -383,8 +396,23 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, a signal that would end us raises KeyboardInterrupt, so that everything is cleaned up."""
+
+    def interrupted(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = [(number, signal.signal(number, interrupted)) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def world(mounter: Mounter, talk: Talk) -> Iterator[World]:
-    """A new World.  At the end, however it comes, nothing is mounted and the directory is gone.
+    """A new World.  At the end, however it comes but by SIGKILL, nothing is mounted and the directory is gone.
 
     Signals wait while the directory is made and while everything is cleaned up.
     """
@@ -399,22 +427,9 @@ def world(mounter: Mounter, talk: Talk) -> Iterator[World]:
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             finally:  # also when a signal that came just before is told here
-                _clean(made)
+                made.clean_up()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _clean(made: World) -> None:
-    merged = made.path("merged")
-    try:
-        if mounting.find_mount(os.fsencode(merged)) is not None:
-            made.mounter.unmount(merged)
-    finally:
-        if mounting.find_mount(os.fsencode(merged)) is not None:  # busy, or its daemon is gone
-            mounting.unmount(os.fsencode(merged), lazy=True)
-        for directory, _, _ in os.walk(made.root):
-            os.chmod(directory, 0o700)  # before what is in it is listed; work/work has mode 000
-        shutil.rmtree(made.root)
 
 
 def _place(mounter: Mounter) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers_users import User, interpreter
+from processes import wait_until
 
 from ovlfs.errors import OvlfsError
 from ovlfs.explain.lesson import Talk
@@ -207,6 +208,16 @@ def test_a_signal_leaves_nothing(place: Path, number: signal.Signals, kernel: bo
         os.kill(terminal.pid, number)
     assert terminal.end() == 130
     assert "interrupted" in terminal.shown
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.root)])
+def test_a_kill_leaves_nothing(place: Path, kernel: bool) -> None:
+    """SIGKILL cannot be caught: a janitor cleans up."""
+    terminal = Terminal("4", *(["--kernel"] if kernel else []))
+    terminal.until(PROMPT)
+    os.kill(terminal.pid, signal.SIGKILL)
+    assert terminal.end() == -signal.SIGKILL
+    wait_until(lambda: list(place.iterdir()) == [], "it was cleaned up")
 
 
 @pytest.mark.slow
