@@ -41,8 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell has what it starts in the background ignore SIGINT, and so would all that the tests start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What is started in the background or by nohup ignores these, and so would all that the tests start, who send them.
+    # A handler that does nothing is not inherited by other programs.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     # tmpfs where there is one: faster, and with user.* xattrs since Linux 6.6.
     config.stash[_SESSION] = Path(tempfile.mkdtemp(prefix="ovlfs-test-", dir=_scratch_base()))
 
