@@ -3,7 +3,8 @@
 One line each: when, who answered (the lane in C, or Python), what, how long it took, and about which path.  A request's
 line comes after those of the decisions that it led to (a copy-up, a whiteout), and its time includes theirs.  `-` is a
 time that is not measured apart.  Requests have the kernel's names (LOOKUP, RENAME2, ...), decisions small letters:
-merge, copy-up, "copy-up data" (of a metacopy), whiteout, opaque, redirect, rename, forget.
+merge, copy-up, "copy-up data" (of a metacopy), whiteout, opaque, redirect, rename, forget.  What the lane answered is
+shown under the name that the file has when the line is printed, a moment later.
 
 When nobody looks, the mount does no more than count.  A reader that is too slow loses lines, and is told how many.
 """

@@ -22,6 +22,7 @@ from typing import Any
 
 from ovlfs.errors import OvlfsError, printable
 from ovlfs.events import Event
+from ovlfs.explain.layers import kind_of
 from ovlfs.ids import ROOT_NODEID, Name
 from ovlfs.layer import merge
 from ovlfs.layer.base import Attr, Layer, What
@@ -39,15 +40,6 @@ PATH_MAX = 4095
 MAX_ANSWERS = 50_000
 """Of layers, in one explanation.  A hostile image could make it long otherwise: many symlinks, each a long path."""
 
-_KINDS = {
-    stat.S_IFREG: "regular file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFCHR: "character device",
-    stat.S_IFBLK: "block device",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-}
 _HIDDEN_ITSELF = frozenset((Rule.NO_DIRECTORY, Rule.NO_DATA, Rule.PASSED_OVER))
 """The rules by which an object that a layer has does not show."""
 
@@ -515,7 +507,7 @@ def _agree(live: Inode, told: Inode) -> bool:
 
 
 def _kind(attr: Attr) -> str:
-    return _KINDS.get(stat.S_IFMT(attr.mode), "thing of an unknown kind")
+    return "regular file" if stat.S_ISREG(attr.mode) else kind_of(attr.mode)
 
 
 def _reason(error: OSError) -> str:

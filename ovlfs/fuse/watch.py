@@ -232,7 +232,8 @@ class _Tracing:
         path, detail = self._about(handler, args)
         if handler == "lookup" and not code:
             detail = self._found(args)
-        self._note(_event("python", request_of(handler), path, detail, took_ns, code))
+        request = "RENAME2" if handler == "rename" and args[4] else request_of(handler)
+        self._note(_event("python", request, path, detail, took_ns, code))
 
     def _about(self, handler: str, args: Sequence[object]) -> tuple[str, str]:
         """(path, detail) of a request, from the arguments of its handler."""

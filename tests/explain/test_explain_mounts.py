@@ -343,7 +343,7 @@ def test_a_metacopy_is_said_to_copy_its_data_when_written(scratch: Path, mounted
 
 
 def test_explaining_leaves_the_mount_as_it_was(scratch: Path, mounted: Mount) -> None:
-    """Nothing is written to the upperdir or the workdir, and the kernel is told of no inode."""
+    """Nothing is written to the upperdir or the workdir."""
     l2, l1 = lowers = directories(scratch, "l2", "l1")
     write(l1, a__b__c="1", other="1")
     write(l2, a__b__d="2")

@@ -18,14 +18,10 @@ from pathlib import Path
 import pytest
 from test_lane_native import Mount, mounted_by
 
+from ovlfs.fuse.opcodes import name_of
+
 pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.timeout(60)]
 
-NAMES = {
-    1: "lookup", 2: "forget", 3: "getattr", 4: "setattr", 5: "readlink", 6: "symlink", 9: "mkdir", 10: "unlink",
-    11: "rmdir", 12: "rename", 13: "link", 14: "open", 15: "read", 16: "write", 18: "release", 20: "fsync",
-    22: "getxattr", 23: "listxattr", 25: "flush", 27: "opendir", 28: "readdir", 29: "releasedir", 34: "access",
-    35: "create", 42: "batch_forget", 44: "readdirplus", 45: "rename",
-}  # fmt: skip
 UNAWAITED = ("forget", "batch_forget", "release")
 NEVER = ("flush", "opendir", "releasedir", "access")
 
@@ -41,7 +37,7 @@ def counted(mount: Mount) -> Iterator[Messages]:
     after, *_ = mount.ask()
     for opcode, (passed_on, answered) in after.items():
         was = before.get(opcode, (0, 0))
-        name = NAMES.get(opcode, str(opcode))
+        name = name_of(opcode).lower()
         assert name not in NEVER or passed_on + answered == sum(was)
         if name not in UNAWAITED and passed_on + answered > sum(was):
             assert passed_on == was[0], f"{name} is left to Python"
