@@ -454,9 +454,10 @@ class Builder:
         if stage is self.stages[-1]:
             raise WordError(f"--from={printable(name)}: a stage cannot copy from itself")
         if stage is None and name.isascii() and name.isdigit():
-            if int(name[:9]) >= len(self.stages) - 1:
+            number = name.lstrip("0") or "0"
+            if len(number) > 9 or int(number) >= len(self.stages) - 1:
                 raise WordError(f"--from={printable(name[:40])}: there is no such earlier stage")
-            stage = self.stages[int(name)]
+            stage = self.stages[int(number)]
         if stage is not None:
             layers = tuple(stage.layers)
         else:

@@ -143,8 +143,9 @@ class Runner:
         for name in os.listdir(place):
             base = place + b"/" + name
             if os.path.isdir(base + b"/rootfs"):
-                runtime.remove_all(base + b"/state")
-                self._unmount(base + b"/rootfs")
+                with contextlib.suppress(MountError):  # the others are to be cleaned up all the same
+                    runtime.remove_all(base + b"/state")
+                    self._unmount(base + b"/rootfs")
         for _ in range(_PATIENCE):
             with contextlib.suppress(OSError):  # the daemon and the runtime are ending, and were still writing there
                 shutil.rmtree(place)

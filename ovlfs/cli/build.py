@@ -2,10 +2,10 @@
 
 import argparse
 import os
-import signal
 import sys
 from typing import TYPE_CHECKING
 
+from ovlfs.cli.ending import end_in_order
 from ovlfs.cli.main import Parser
 from ovlfs.errors import ImageError, UsageError, printable
 
@@ -26,7 +26,6 @@ is kept in the store, and used again as long as nothing that it depends on has c
 
 FROM takes `scratch`, an earlier stage, or an image in a file or a layout: PATH[:TAG], relative to the context.
 """
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parser() -> Parser:
@@ -51,19 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     output = None if args.tag is None else parse_output(args.tag)
     request = _request(args, None if output is None else output.path)
-    for number in _ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, _interrupt)
+    end_in_order()
     built = _build(request, quiet=args.quiet)
     _write(built, output, quiet=args.quiet)
     return 0
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    """End in order, as at Ctrl-C; what is cleaned up then shall not be disturbed by another signal."""
-    for number in _ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _tell(line: str) -> None:

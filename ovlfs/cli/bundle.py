@@ -15,6 +15,7 @@ from ovlfs.cli.container_options import (
     volumes_of,
     with_volumes,
 )
+from ovlfs.cli.ending import end_in_order
 from ovlfs.errors import MountError, printable
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     overrides(args), settings(args)
     config = open_config(args.image, args.platform)
     directory = os.path.abspath(args.directory)
+    end_in_order()
     with contextlib.ExitStack() as undo:
         suid = _make_directory(directory, undo)
         said = _fill(args, config, directory, undo, suid=suid)

@@ -3,11 +3,11 @@
 import argparse
 import os
 import re
-import signal
 import sys
 import tempfile
 from typing import TYPE_CHECKING
 
+from ovlfs.cli.ending import end_in_order
 from ovlfs.cli.main import Parser
 from ovlfs.errors import ImageError, UsageError, printable
 
@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from ovlfs.image import new_config  # noqa: PLC0415
     from ovlfs.image.commit import Format, parse_output  # noqa: PLC0415
 
-    # Whoever ends it finds what was there before, and no temporary files.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    end_in_order()  # to what was there before, and no temporary files
     output = parse_output(args.out, args.format)
     epoch = _epoch(args.source_date_epoch)
     new_config.changed({}, args.change)  # what makes no sense is known before anything is read

@@ -385,6 +385,7 @@ def _add_to_layout(path: bytes, copier: _Copier) -> None:
         where = f"{shown(path)}: index.json"
         fd = open_file(path, (b"index.json",), where)
         with open(fd, "rb") as file:
+            before = os.fstat(file.fileno()).st_ino
             index = parse_object(file.read(MAX_DOCUMENT + 1), where, MAX_DOCUMENT)
         others = [entry for entry in index.items("manifests", MAX_DESCRIPTORS) if isinstance(entry, dict)]
         added: list[Digest] = []
@@ -392,7 +393,8 @@ def _add_to_layout(path: bytes, copier: _Copier) -> None:
             _add_blobs(layout, copier, added)
             _put(layout, b"index.json", copier.image.index([one for one in others if not _is_replaced(one, copier)]))
         except BaseException:
-            for digest in added:
+            named = os.stat(b"index.json", dir_fd=layout).st_ino != before  # it is there, but perhaps not on disk
+            for digest in () if named else added:
                 with _blob_directory(layout, digest) as (directory, name):
                     os.unlink(name, dir_fd=directory)
             raise

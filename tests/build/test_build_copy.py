@@ -121,6 +121,7 @@ def test_symlinks_in_the_destination_stay_in_the_image(builds: Builds, base: str
         ("COPY --chmod=u+x one /x", "--chmod=u+x should be an octal mode, such as 755"),
         ("COPY --from=nope one /x", "nope: no such file or directory"),
         ("COPY --from=3 one /x", "there is no such earlier stage"),
+        ("COPY --from=0000000005 one /x", "there is no such earlier stage"),
         ("COPY --from=0 one /x", "there is no such earlier stage"),
         ("ADD https://example.org/x /x", "remote sources are not fetched"),
         ("ADD git@example.org:x.git /x", "remote sources are not fetched"),

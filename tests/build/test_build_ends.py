@@ -1,5 +1,6 @@
 """However a build ends, no mount, no process and no temporary file is left."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,11 +66,19 @@ def test_a_background_process_does_not_hold_the_mount(builds: Builds) -> None:
     builds.run("FROM scratch\nADD rootfs.tar.xz /\nRUN sleep 600 & echo started\n")
 
 
+def open_files(pid: str) -> set[str]:
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            found.add(os.readlink(fd))
+    return found
+
+
 def test_a_dead_server_fails_the_step(builds: Builds) -> None:
     """The mount's daemon is killed: the command is, too, and the error says so."""
     with started(builds, "echo ready; while :; do sleep 0.1; done") as build:
         children = Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text().split()
-        (server,) = [pid for pid in children if "/dev/fuse" in map(os.readlink, Path(f"/proc/{pid}/fd").iterdir())]
+        (server,) = [pid for pid in children if "/dev/fuse" in open_files(pid)]
         os.kill(int(server), signal.SIGKILL)
         assert build.wait(timeout=60) == 1
         assert build.stderr is not None
