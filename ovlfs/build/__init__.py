@@ -5,6 +5,7 @@
     ignore      .dockerignore
     scope       which variables an instruction sees
     settings    what an instruction changes in the config, and what it writes into the history
+    change      the same for `ovlfs commit --change`
     trees       where COPY and ADD take from: the context, a stage, an image, a tar; paths with symlinks in them
     copying     COPY and ADD: one merged tree into another
     steps       one layer: a fresh upperdir over the layers so far, changed, and written as a layer

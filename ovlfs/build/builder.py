@@ -25,7 +25,7 @@ from ovlfs.build.dockerfile import Dockerfile, DockerfileError, Instruction, is_
 from ovlfs.build.ignore import Ignore
 from ovlfs.build.running import Command, Runner
 from ovlfs.build.scope import Arguments
-from ovlfs.build.settings import Expand
+from ovlfs.build.settings import Reading
 from ovlfs.build.trees import Source
 from ovlfs.build.words import WordError
 from ovlfs.build.workshop import Workshop
@@ -233,24 +233,12 @@ class Builder:
     def _change(self, instruction: Instruction, stage: Stage, scope: Scope) -> _Change:
         """What an instruction does.  The config is changed in a copy."""
         settings = dict(stage.settings)
-
-        def expand(text: str) -> str:
-            return words.expand(text, scope.variables, self.file.escape)
-
-        def expand_words(text: str) -> list[str]:
-            return words.expand_words(text, scope.variables, self.file.escape)
-
+        reading = Reading(scope.variables, self.file.escape)
         match instruction.name:
             case "RUN":
                 return self._run(instruction, stage, settings)
             case "COPY" | "ADD":
-                return self._copy(instruction, stage, settings, expand, scope)
-            case "ENV" | "LABEL":
-                pairs = [
-                    (expand(name), expand(value))
-                    for name, value in config_of.name_values(instruction, self.file.escape)
-                ]
-                comment = (config_of.set_env if instruction.name == "ENV" else config_of.set_labels)(settings, pairs)
+                return self._copy(instruction, stage, settings, reading, scope)
             case "ARG":
                 pairs_of_arg = self._arg_pairs(instruction, scope.variables)
                 for name, default in pairs_of_arg:
@@ -260,15 +248,9 @@ class Builder:
             case "MAINTAINER":
                 stage.author = instruction.rest
                 comment = f"MAINTAINER {instruction.rest}"
-            case "ONBUILD":
-                settings["OnBuild"] = [*(settings.get("OnBuild") or ()), instruction.rest]
-                comment = f"ONBUILD {instruction.rest}"
             case _:
-                comment = config_of.change(settings, instruction, expand, expand_words)
-        if instruction.name == "CMD":
-            stage.cmd_set = True
-        elif instruction.name == "ENTRYPOINT" and not stage.cmd_set:
-            settings["Cmd"] = None
+                comment = config_of.change(settings, instruction, reading, cmd_set=stage.cmd_set)
+        stage.cmd_set |= instruction.name == "CMD"
         created_by = config_of.nop(settings, comment)
         if instruction.name == "WORKDIR":
             return _Change(settings, created_by, (comment,), lambda: self._make_workdir(stage, settings["WorkingDir"]))
@@ -401,11 +383,11 @@ class Builder:
     # ---- COPY, ADD ---------------------------------------------------------------------------------------------------
 
     def _copy(
-        self, instruction: Instruction, stage: Stage, settings: config_of.Settings, expand: Expand, scope: Scope
+        self, instruction: Instruction, stage: Stage, settings: config_of.Settings, reading: Reading, scope: Scope
     ) -> _Change:
         found = instruction.exec_form()
         raw = words.split_raw(instruction.rest, self.file.escape) if found is None else found
-        typed = transfer.read_words(instruction, raw, expand)
+        typed = transfer.read_words(instruction, raw, reading.word)
         has_from = "from" in instruction.flags
         source = self._source(instruction.flags["from"], scope) if has_from else self._context()
         keep_owners = has_from and not typed.chown

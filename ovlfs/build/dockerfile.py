@@ -136,7 +136,7 @@ def parse(raw: bytes, where: str) -> Dockerfile:
 
 def parse_trigger(text: str, line: int, where: str, escape: str) -> Instruction:
     """The instruction of an ONBUILD.  Raises DockerfileError."""
-    found = _instruction(text, line, where, escape)
+    found = parse_instruction(text, line, where, escape)
     if found.name in _NO_TRIGGER:
         raise DockerfileError(where, line, _NO_TRIGGER[found.name])
     if found.name in _HEREDOCS and _heredocs_of(found.rest, escape):
@@ -163,7 +163,7 @@ class _Parser:
         instructions: list[Instruction] = []
         while (found := self.logical_line()) is not None:
             line, text = found
-            instruction = _instruction(text, line, self.where, self.escape)
+            instruction = parse_instruction(text, line, self.where, self.escape)
             inner = instruction
             if instruction.name == "ONBUILD":
                 inner = parse_trigger(instruction.rest, line, self.where, self.escape)
@@ -251,7 +251,8 @@ class _Parser:
         raise DockerfileError(self.where, 0, "has no FROM, so there is nothing to build")
 
 
-def _instruction(text: str, line: int, where: str, escape: str) -> Instruction:
+def parse_instruction(text: str, line: int, where: str, escape: str) -> Instruction:
+    """The instruction of one logical line.  Raises DockerfileError."""
     name, _, rest = text.strip().partition(" ")
     if "\t" in name:
         name, _, rest = text.strip().partition("\t")

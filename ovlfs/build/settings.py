@@ -9,7 +9,8 @@ Spec: Dockerfile reference; moby builder/dockerfile/dispatchers.go; image-spec c
 
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ovlfs.build import words
@@ -36,8 +37,25 @@ _UNITS_NS = {
     "h": 3600 * 10**9,
 }
 
-Expand = Callable[[str], str]
-"""Variables replaced and quotes removed, for one word."""
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How words are read at this place: the variables that can be seen, and the escape character."""
+
+    variables: Mapping[str, str]
+    escape: str = "\\"
+
+    def word(self, text: str) -> str:
+        """Variables replaced and quotes removed, as one word."""
+        return words.expand(text, self.variables, self.escape)
+
+    def words(self, text: str) -> list[str]:
+        """The same as words."""
+        return words.expand_words(text, self.variables, self.escape)
+
+    def pairs(self, instruction: Instruction) -> list[tuple[str, str]]:
+        """The pairs of ENV and LABEL."""
+        return [(self.word(name), self.word(value)) for name, value in name_values(instruction, self.escape)]
 
 
 def env_of(settings: Settings) -> dict[str, str]:
@@ -76,14 +94,16 @@ def command_words(settings: Settings, instruction: Instruction) -> list[str]:
     return [*shell_of(settings), *([instruction.rest] if instruction.rest else [])]
 
 
-def change(
-    settings: Settings, instruction: Instruction, expand: Expand, expand_words: Callable[[str], list[str]]
-) -> str:
+def change(settings: Settings, instruction: Instruction, reading: Reading, *, cmd_set: bool) -> str:
     """Change the config in place, and return the comment for the history.
 
-    Raises WordError with the rule that is broken.  Not for FROM, ARG, ONBUILD, MAINTAINER, RUN, COPY, ADD.
+    `cmd_set`: there was a CMD before in this stage, so an ENTRYPOINT leaves it alone.  Raises WordError with the rule
+    that is broken.  Not for what does more than that: FROM, ARG, MAINTAINER, RUN, COPY, ADD.
     """
-    return _CHANGES[instruction.name](settings, instruction, expand, expand_words)
+    comment = _CHANGES[instruction.name](settings, instruction, reading)
+    if instruction.name == "ENTRYPOINT" and not cmd_set:
+        settings["Cmd"] = None
+    return comment
 
 
 def name_values(instruction: Instruction, escape: str) -> list[tuple[str, str]]:
@@ -108,11 +128,11 @@ def name_values(instruction: Instruction, escape: str) -> list[tuple[str, str]]:
 # ---- one for each instruction ----------------------------------------------------------------------------------------
 
 
-def set_env(settings: Settings, pairs: list[tuple[str, str]]) -> str:
-    """ENV: an old variable keeps its place."""
+def _env(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    """An old variable keeps its place."""
     comment = "ENV"
     env = list(settings.get("Env") or ())
-    for name, value in pairs:
+    for name, value in reading.pairs(instruction):
         new = f"{name}={value}"
         comment += " " + new
         for number, old in enumerate(env):
@@ -125,25 +145,25 @@ def set_env(settings: Settings, pairs: list[tuple[str, str]]) -> str:
     return comment
 
 
-def set_labels(settings: Settings, pairs: list[tuple[str, str]]) -> str:
-    """LABEL."""
+def _label(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    pairs = reading.pairs(instruction)
     settings["Labels"] = dict(settings.get("Labels") or {}) | dict(pairs)
     return "LABEL" + "".join(f" {name}={value}" for name, value in pairs)
 
 
-def _cmd(settings: Settings, instruction: Instruction, *_: object) -> str:
+def _cmd(settings: Settings, instruction: Instruction, _: Reading) -> str:
     settings["Cmd"] = command_words(settings, instruction)
     return f"CMD {quote_all(settings['Cmd'])}"
 
 
-def _entrypoint(settings: Settings, instruction: Instruction, *_: object) -> str:
+def _entrypoint(settings: Settings, instruction: Instruction, _: Reading) -> str:
     found = command_words(settings, instruction) if instruction.rest else []
     settings["Entrypoint"] = found or None
     return f"ENTRYPOINT {quote_all(found)}"
 
 
-def _expose(settings: Settings, instruction: Instruction, _: Expand, expand_words: Callable[[str], list[str]]) -> str:
-    specs = sorted(expand_words(instruction.rest))
+def _expose(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    specs = sorted(reading.words(instruction.rest))
     ports = dict(settings.get("ExposedPorts") or {})
     for spec in specs:
         for port in _ports(spec):
@@ -167,9 +187,9 @@ def _ports(spec: str) -> list[str]:
     return [f"{port}/{protocol}" for port in range(int(first), int(last) + 1)]
 
 
-def _volume(settings: Settings, instruction: Instruction, expand: Expand, _: object) -> str:
+def _volume(settings: Settings, instruction: Instruction, reading: Reading) -> str:
     found = instruction.exec_form()
-    paths = [expand(path).strip() for path in (instruction.rest.split() if found is None else found)]
+    paths = [reading.word(path).strip() for path in (instruction.rest.split() if found is None else found)]
     if not paths:
         raise WordError("VOLUME requires at least one argument")
     if "" in paths:
@@ -178,13 +198,13 @@ def _volume(settings: Settings, instruction: Instruction, expand: Expand, _: obj
     return f"VOLUME [{' '.join(paths)}]"
 
 
-def _user(settings: Settings, instruction: Instruction, expand: Expand, _: object) -> str:
-    settings["User"] = expand(instruction.rest)
+def _user(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    settings["User"] = reading.word(instruction.rest)
     return f"USER {settings['User']}"
 
 
-def _workdir(settings: Settings, instruction: Instruction, expand: Expand, _: object) -> str:
-    wanted = expand(instruction.rest)
+def _workdir(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    wanted = reading.word(instruction.rest)
     if not wanted:
         raise WordError("WORKDIR: cannot normalize nothing")
     if not wanted.startswith("/"):
@@ -193,8 +213,8 @@ def _workdir(settings: Settings, instruction: Instruction, expand: Expand, _: ob
     return f"WORKDIR {wanted}"
 
 
-def _stopsignal(settings: Settings, instruction: Instruction, expand: Expand, _: object) -> str:
-    signal = expand(instruction.rest)
+def _stopsignal(settings: Settings, instruction: Instruction, reading: Reading) -> str:
+    signal = reading.word(instruction.rest)
     try:
         parse_signal(signal)
     except ImageError:
@@ -203,7 +223,12 @@ def _stopsignal(settings: Settings, instruction: Instruction, expand: Expand, _:
     return f"STOPSIGNAL {signal}"
 
 
-def _shell(settings: Settings, instruction: Instruction, *_: object) -> str:
+def _onbuild(settings: Settings, instruction: Instruction, _: Reading) -> str:
+    settings["OnBuild"] = [*(settings.get("OnBuild") or ()), instruction.rest]
+    return f"ONBUILD {instruction.rest}"
+
+
+def _shell(settings: Settings, instruction: Instruction, _: Reading) -> str:
     found = instruction.exec_form()
     if not found:
         raise WordError("SHELL requires the arguments to be in JSON form")
@@ -211,7 +236,7 @@ def _shell(settings: Settings, instruction: Instruction, *_: object) -> str:
     return f"SHELL [{' '.join(found)}]"
 
 
-def _healthcheck(settings: Settings, instruction: Instruction, *_: object) -> str:
+def _healthcheck(settings: Settings, instruction: Instruction, _: Reading) -> str:
     kind, *rest = instruction.rest.split(None, 1)
     inner = Instruction(instruction.line, kind.upper(), rest[0] if rest else "", instruction.original)
     check: dict[str, Any]
@@ -251,10 +276,13 @@ def _healthcheck(settings: Settings, instruction: Instruction, *_: object) -> st
     return f"HEALTHCHECK &{{{quote_all(check['Test'])} {' '.join(shown)} {_quoted_rune(int(retries))}}}"
 
 
-_CHANGES: dict[str, Callable[..., str]] = {
+_CHANGES: dict[str, Callable[[Settings, Instruction, Reading], str]] = {
     "CMD": _cmd,
     "ENTRYPOINT": _entrypoint,
+    "ENV": _env,
     "EXPOSE": _expose,
+    "LABEL": _label,
+    "ONBUILD": _onbuild,
     "VOLUME": _volume,
     "USER": _user,
     "WORKDIR": _workdir,

@@ -74,6 +74,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the layer, then the image."""
+    from ovlfs.build import change  # noqa: PLC0415
     from ovlfs.cli import changed  # noqa: PLC0415  # heavy
     from ovlfs.image import new_config  # noqa: PLC0415
     from ovlfs.image.commit import Format, parse_output  # noqa: PLC0415
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     end_in_order()  # to what was there before, and no temporary files
     output = parse_output(args.out, args.format)
     epoch = _epoch(args.source_date_epoch)
-    new_config.changed({}, args.change)  # what makes no sense is known before anything is read
+    change.changed({}, args.change)  # what makes no sense is known before anything is read
     new_config.timestamp(epoch)
     compression = args.compress or ("none" if output.format is Format.DOCKER_ARCHIVE else "gzip")
     place = changed.find(args.place, args.image)
@@ -161,13 +162,14 @@ def _write(
     exported: "Exported | None",
     epoch: int | None,
 ) -> "Written":
+    from ovlfs.build import change  # noqa: PLC0415
     from ovlfs.cli import changed  # noqa: PLC0415
     from ovlfs.image import new_config  # noqa: PLC0415
     from ovlfs.image.commit import write_image  # noqa: PLC0415
     from ovlfs.image.config import Config  # noqa: PLC0415
 
     document = new_config.document_of(Config() if found.image is None else found.image.config)
-    document = new_config.changed(document, args.change)
+    document = change.changed(document, args.change)
     document = new_config.extended(
         document,
         [layer.diff_id for layer in layers],

@@ -34,26 +34,8 @@ def test_every_text_is_read_or_refused(text: str) -> None:
     for instruction in found.instructions:
         run = config_of.begin({})
         with contextlib.suppress(WordError):
-            if instruction.name in ("ENV", "LABEL"):
-                config_of.name_values(instruction, found.escape)
-            elif instruction.name in (
-                "CMD",
-                "ENTRYPOINT",
-                "EXPOSE",
-                "VOLUME",
-                "USER",
-                "WORKDIR",
-                "STOPSIGNAL",
-                "SHELL",
-            ):
-                config_of.change(
-                    run,
-                    instruction,
-                    lambda word: words.expand(word, _VARIABLES, found.escape),
-                    lambda word: words.expand_words(word, _VARIABLES, found.escape),
-                )
-            elif instruction.name == "HEALTHCHECK":
-                config_of.change(run, instruction, str, str.split)
+            if instruction.name not in ("FROM", "ARG", "MAINTAINER", "RUN", "COPY", "ADD"):
+                config_of.change(run, instruction, config_of.Reading(_VARIABLES, found.escape), cmd_set=False)
 
 
 @settings(max_examples=300, deadline=None)

@@ -222,7 +222,7 @@ def test_commit_extends_config_and_history(ovlfs: Run, changed: Path, scratch: P
     assert isinstance(run, dict)
     assert isinstance(before, dict)
     assert run["Entrypoint"] == ["/bin/sh", "-c", "run it"]
-    assert run["Cmd"] is None
+    assert run["Cmd"] == ["sh", "-l"]  # it came before the ENTRYPOINT
     assert run["Env"] == [*before["Env"], "A=1", "B=2 3"]
     assert run["Labels"] == before["Labels"] | {"x": "y"}
     assert run["ExposedPorts"] == (before.get("ExposedPorts") or {}) | {"80/tcp": {}, "53/udp": {}}
@@ -385,7 +385,10 @@ def test_commit_of_a_rootfs_makes_an_image(ovlfs: Run, mounted: Mount, scratch: 
         (("new.tar:App:v1",), 2, "no capitals"),
         (("new.tar:a b",), 2, "cannot be an image's name"),
         (("new.tar", "-c", "RUN x"), 2, "should begin with one of CMD"),
-        (("new.tar", "-c", "EXPOSE http"), 2, "should be PORT"),
+        (("new.tar", "-c", "EXPOSE http"), 2, "invalid containerPort"),
+        (("new.tar", "-c", "EXPOSE 8000-99999"), 2, "invalid range"),
+        (("new.tar", "-c", "STOPSIGNAL none"), 2, "Invalid signal"),
+        (("new.tar", "-c", ""), 2, "should begin with one of CMD"),
         (("new.tar", "--source-date-epoch", "x"), 2, "should be seconds since 1970"),
         (("missing/new.tar",), 1, "No such file or directory"),
         (("mnt0:tag",), 1, "is there already, and is neither empty nor an OCI layout"),

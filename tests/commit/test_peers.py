@@ -130,7 +130,7 @@ def test_diff_lists_what_docker_diff_lists(ovlfs: Run, docker: Docker, mounted: 
 
 
 @pytest.mark.parametrize(
-    "instruction",
+    "instructions",
     [
         'CMD ["a", "b c"]',
         "CMD a 'b c'",
@@ -138,7 +138,9 @@ def test_diff_lists_what_docker_diff_lists(ovlfs: Run, docker: Docker, mounted: 
         "ENTRYPOINT x y",
         'ENV A=1 B="2 3"',
         "ENV A b c",
-        "EXPOSE 80 53/udp",
+        "EXPOSE 80 53/UDP 8000-8002",
+        "CMD a\nENTRYPOINT b",
+        "ENV A=1\nENV B=$A:$PATH",
         "LABEL a=b 'c d'=e",
         "ONBUILD RUN x",
         "USER a:b",
@@ -149,15 +151,16 @@ def test_diff_lists_what_docker_diff_lists(ovlfs: Run, docker: Docker, mounted: 
     ],
 )
 def test_change_does_what_docker_commit_does(
-    ovlfs: Run, docker: Docker, mounted: Mount, scratch: Path, instruction: str
+    ovlfs: Run, docker: Docker, mounted: Mount, scratch: Path, instructions: str
 ) -> None:
     """Field by field of the config."""
+    options = [word for line in instructions.split("\n") for word in ("-c", line)]
     docker.run("load", "-i", images() / IMAGE)
     tag = json.loads(ovlfs("inspect", "--json", images() / IMAGE).stdout)["tags"][0]
     container = docker.run("create", "--network=none", tag).strip()
-    theirs = docker.config(docker.run("commit", "-c", instruction, container).strip())["Config"]
+    theirs = docker.config(docker.run("commit", *options, container).strip())["Config"]
     mountpoint = mounted("--ephemeral", images() / IMAGE)
-    ovlfs("commit", mountpoint, f"{scratch}/new.tar:app:changed", "-c", instruction)
+    ovlfs("commit", mountpoint, f"{scratch}/new.tar:app:changed", *options)
     docker.run("load", "-i", scratch / "new.tar")
     ours = docker.config("app:changed")["Config"]
     container_only = ("Hostname", "Image", "AttachStdin", "AttachStdout", "AttachStderr", "Domainname")
