@@ -772,7 +772,7 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	struct ovl_lane_proc proc;
 	ovl_err_t err = 0;
 	struct ovl_lane_io *io = NULL;
-	bool by_path, emptied = false;
+	bool by_path, by_handle, emptied = false;
 	int fd = -1;
 
 	if (!ovl_lane_head(ask, &in, sizeof(in)))
@@ -807,8 +807,11 @@ enum ovl_lane_verdict ovl_lane_setattr(struct ovl_lane_ask *ask)
 	if (fd < 0)
 		return pass(ask);
 	proc = ovl_lane_proc(fd);
-	/* By an open file's descriptor, or through that of the object (O_PATH), which takes another path. */
-	if (in.valid & FATTR_SIZE && (by_path ? truncate(proc.text, (off_t)in.size) : ftruncate(fd, (off_t)in.size)) != 0)
+	/* By an open file's descriptor, or through that of the object (O_PATH), which takes another path.  The client's own
+	 * ftruncate(2) also sets the times of a file that has the size already, truncate(2) does not: fs/open.c. */
+	by_handle = in.valid & FATTR_FH && !by_path;
+	if (in.valid & FATTR_SIZE &&
+	    (by_handle ? ftruncate(fd, (off_t)in.size) : truncate(proc.text, (off_t)in.size)) != 0)
 		err = -errno;
 	if (!err && in.valid & (FATTR_UID | FATTR_GID) &&
 	    fchownat(fd, "", in.valid & FATTR_UID ? in.uid : (uid_t)-1, in.valid & FATTR_GID ? in.gid : (gid_t)-1,

@@ -69,6 +69,9 @@ def overrides(args: Namespace) -> "Overrides":
     """What the command line says about the process."""
     from ovlfs.run.process import Overrides  # noqa: PLC0415
 
+    for one in args.env:
+        if one.partition("=")[0] == "":
+            raise UsageError(f"--env '{printable(one[:100])}': should be NAME=VALUE, or NAME")
     env = [one if "=" in one else f"{one}={os.environ[one]}" for one in args.env if "=" in one or one in os.environ]
     entrypoint = None
     if args.entrypoint is not None:

@@ -379,7 +379,7 @@ class Operations(pyfuse3.Operations):
         inode: "InodeT",
         attributes: pyfuse3.EntryAttributes,
         fields: pyfuse3.SetattrFields,
-        fh: "FileHandleT | None",  # noqa: ARG002
+        fh: "FileHandleT | None",
         ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> pyfuse3.EntryAttributes:
         """FUSE_SETATTR.  Errors: as overlay.attr.set_()."""
@@ -394,8 +394,9 @@ class Operations(pyfuse3.Operations):
         )
         async with self._locks.holding(target.nodeid):
             if change.size is not None:
-                if change.size == 0 < target.attr.size and change.mtime_ns is None:
-                    change = replace(change, mtime_ns=time.time_ns())  # the copy will be empty from the start
+                # The copy will be empty from the start; and ftruncate(2) always sets it (fs/open.c).
+                if change.mtime_ns is None and (fh is not None or change.size == 0 < target.attr.size):
+                    change = replace(change, mtime_ns=time.time_ns())
                 await self._bring_data(target, truncate=change.size == 0)
             else:
                 await self._bring_data(target, wanted=copy_up.need_data(self._stack, target))

@@ -183,7 +183,7 @@ def _mount_system(rootfd: int, name: bytes, *, new: bool) -> None:
 
 def remove_all(state: bytes) -> None:
     """Kill the command whose process is written in `state`: for who has not started it."""
-    with contextlib.suppress(FileNotFoundError):  # there is none
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # there is none, or none any more
         with open(state + _PID_FILE, encoding="ascii") as file:
             fields = file.read(64).split()
         if len(fields) == 2 and str(mounting.start_time(int(fields[0]))) == fields[1]:

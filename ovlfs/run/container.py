@@ -137,7 +137,8 @@ def _host_file(path: bytes) -> bytes:
 
 def _check_mapped(resolved: process.Process, mapping: Mapping) -> None:
     user = resolved.user
-    for what, number, count in (("uid", user.uid, mapping.uids), ("gid", user.gid, mapping.gids)):
+    gids = (user.gid, *user.groups) if mapping.set_groups else (user.gid,)
+    for what, number, count in (("uid", user.uid, mapping.uids), ("gid", max(gids), mapping.gids)):
         if count is not None and number >= count:
             raise MountError(
                 f"the command's {what} {number} does not exist here, where {count} "

@@ -55,6 +55,8 @@ def fork(child: Callable[[], NoReturn], mask: set[int]) -> int:
         child()
     except OSError as error:
         sys.stderr.write(f"ovlfs: {error.filename or ''}: {error.strerror}\n")
+    except Exception as error:  # nobody else could tell of it
+        sys.stderr.write(f"ovlfs: {type(error).__name__}: {error}\n")
     finally:
         os._exit(_CHILD_SETUP_FAILED)
 

@@ -249,6 +249,20 @@ def test_o_trunc_of_a_file_that_is_open_empties_it_for_all(stack: Overlay) -> No
 
 
 @everywhere
+def test_truncating_what_is_empty(stack: Overlay) -> None:
+    """truncate(2) leaves the times alone, ftruncate(2) sets them, also while the file is open (fs/open.c)."""
+    path = stack.mnt / "f"
+    os.truncate(path, 0)
+    with opened(path, os.O_WRONLY) as writer:
+        old = os.stat(path).st_mtime_ns
+        processes.wait_for_a_tick()
+        os.truncate(path, 0)
+        assert os.stat(path).st_mtime_ns == old
+        os.ftruncate(writer, 0)
+        assert os.stat(path).st_mtime_ns > old
+
+
+@everywhere
 def test_two_appenders_lose_nothing(stack: Overlay) -> None:
     """O_APPEND is resolved where the file is written."""
     path = stack.mnt / "log"

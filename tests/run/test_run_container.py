@@ -263,6 +263,7 @@ def test_images_for_other_machines(go: Go, scratch: Path) -> None:
         (("--user", "4294967296"), "should be a number from 0 to 2147483647"),
         (("-w", "/proc/self/fd/7"), "leads into /proc"),
         (("-w", "/etc/passwd"), "should be a directory"),
+        (("-e", "=x"), "should be NAME=VALUE, or NAME"),
         (("-v", "nosuch:/x"), "is not there"),
         (("-v", "/:x"), "should be PATH:/DIR"),
         (("-v", "/etc:/proc/x"), "nothing can be mounted there"),
