@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ovlfs.build import settings as config_of
-from ovlfs.build.dockerfile import DockerfileError, parse_instruction, parse_trigger
+from ovlfs.build.dockerfile import DockerfileError, Instruction, parse_instruction, parse_trigger
 from ovlfs.build.settings import Reading
 from ovlfs.build.words import WordError
 from ovlfs.errors import UsageError, printable
@@ -18,30 +18,39 @@ from ovlfs.errors import UsageError, printable
 _ALLOWED = "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "ONBUILD", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR"
 
 
-def changed(document: dict[str, Any], instructions: Sequence[str]) -> dict[str, Any]:
+def parsed(instructions: Sequence[str]) -> list[Instruction]:
+    """The instructions.  Raises UsageError naming the one that cannot be, and the rule."""
+    return [_parse(typed) for typed in instructions]
+
+
+def changed(document: dict[str, Any], instructions: Sequence[Instruction]) -> dict[str, Any]:
     """A config's `document`, changed; it stays as it is.  Raises UsageError naming the instruction and the rule."""
     found = document.get("config")
     settings: config_of.Settings = dict(found) if isinstance(found, dict) else {}
     cmd_set = False
-    for typed in instructions:
+    for instruction in instructions:
         try:
-            name = _change(settings, typed, cmd_set=cmd_set)
-        except DockerfileError as error:
-            raise UsageError(f"--change '{printable(typed[:100])}': {error.rule}") from error
+            config_of.change(settings, instruction, Reading(config_of.env_of(settings)), cmd_set=cmd_set)
         except WordError as error:
-            raise UsageError(f"--change '{printable(typed[:100])}': {error}") from error
-        cmd_set |= name == "CMD"
+            raise _error(instruction.original, str(error)) from error
+        cmd_set |= instruction.name == "CMD"
     return document | {"config": settings}
 
 
-def _change(settings: config_of.Settings, typed: str, *, cmd_set: bool) -> str:
-    if typed.strip().split(None, 1)[:1] == [] or typed.split(None, 1)[0].upper() not in _ALLOWED:
-        raise WordError(f"should begin with one of {', '.join(_ALLOWED)}")
+def _parse(typed: str) -> Instruction:
+    word = typed.split(None, 1)[:1]
+    if not word or word[0].upper() not in _ALLOWED:
+        raise _error(typed, f"should begin with one of {', '.join(_ALLOWED)}")
     if "\n" in typed.strip() or "\0" in typed:
-        raise WordError("should be one line")
-    reading = Reading(config_of.env_of(settings))
-    instruction = parse_instruction(typed, 1, "", reading.escape)
-    if instruction.name == "ONBUILD":
-        parse_trigger(instruction.rest, 1, "", reading.escape)
-    config_of.change(settings, instruction, reading, cmd_set=cmd_set)
-    return instruction.name
+        raise _error(typed, "should be one line")
+    try:
+        instruction = parse_instruction(typed, 1, "", "\\")
+        if instruction.name == "ONBUILD":
+            parse_trigger(instruction.rest, 1, "", "\\")
+    except DockerfileError as error:
+        raise _error(typed, error.rule) from error
+    return instruction
+
+
+def _error(typed: str, rule: str) -> UsageError:
+    return UsageError(f"--change '{printable(typed[:100])}': {rule}")

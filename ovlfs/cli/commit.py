@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     end_in_order()  # to what was there before, and no temporary files
     output = parse_output(args.out, args.format)
     epoch = _epoch(args.source_date_epoch)
-    change.changed({}, args.change)  # what makes no sense is known before anything is read
+    change.parsed(args.change)  # what makes no sense is known before anything is read
     new_config.timestamp(epoch)
     compression = args.compress or ("none" if output.format is Format.DOCKER_ARCHIVE else "gzip")
     place = changed.find(args.place, args.image)
@@ -169,7 +169,7 @@ def _write(
     from ovlfs.image.config import Config  # noqa: PLC0415
 
     document = new_config.document_of(Config() if found.image is None else found.image.config)
-    document = change.changed(document, args.change)
+    document = change.changed(document, change.parsed(args.change))
     document = new_config.extended(
         document,
         [layer.diff_id for layer in layers],

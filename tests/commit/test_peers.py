@@ -141,6 +141,7 @@ def test_diff_lists_what_docker_diff_lists(ovlfs: Run, docker: Docker, mounted: 
         "EXPOSE 80 53/UDP 8000-8002",
         "CMD a\nENTRYPOINT b",
         "ENV A=1\nENV B=$A:$PATH",
+        "WORKDIR $PATH",
         "LABEL a=b 'c d'=e",
         "ONBUILD RUN x",
         "USER a:b",
