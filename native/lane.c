@@ -916,6 +916,25 @@ static void notify(struct ovl_lane *lane, const unsigned char *message, size_t s
 	pthread_mutex_unlock(&lane->lock);
 }
 
+ovl_err_t ovl_lane_store(struct ovl_lane_reader *reader, uint64_t nodeid, const void *bytes, size_t size)
+{
+	struct {
+		struct fuse_out_header header;
+		struct fuse_notify_store_out store;
+	} head = {
+		.header = {.len = (uint32_t)(sizeof(head) + size), .error = FUSE_NOTIFY_STORE},
+		.store = {.nodeid = nodeid, .size = (uint32_t)size},
+	};
+	struct iovec parts[2] = {
+		{.iov_base = &head, .iov_len = sizeof(head)},
+		{.iov_base = (void *)(uintptr_t)bytes, .iov_len = size}, /* writev does not write to it */
+	};
+
+	static_assert(sizeof(head) == 40, "wire format");
+	count(&reader->lane->notifications);
+	return put(reader->lane, parts, 2);
+}
+
 /* An invalidation of attributes only: it takes no lock that a client could hold, so it need not leave the order in which
  * the replies come; a reply that was sent after it must not overtake it. */
 static bool is_attr_only(const unsigned char *message, size_t size)

@@ -189,6 +189,10 @@ ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, cons
 /* By a handler, before what may wait: somebody else reads the next request.  NULL is fine; so is a second call. */
 void ovl_lane_yield(struct ovl_lane_reader *reader);
 
+/* Gives the kernel's page cache the first `size` bytes of a file (FUSE_NOTIFY_STORE).  Waits for whoever reads from the file
+ * at that moment.  Any thread of a handler. */
+ovl_err_t ovl_lane_store(struct ovl_lane_reader *reader, uint64_t nodeid, const void *bytes, size_t size);
+
 void ovl_lane_stats(const struct ovl_lane *lane, struct ovl_lane_stats *out);
 
 /* Do requests come by io_uring?  0, or -errno: why not; -EOPNOTSUPP: the kernel did not offer it.  Waits until INIT is

@@ -162,7 +162,7 @@ static ssize_t read_file(const struct ovl_lane_ask *ask, struct ovl_lane_file *f
 }
 
 /* Without an open: the inode alone says what to read. */
-static ssize_t read_inode(const struct ovl_lane_ask *ask, unsigned char *to, size_t size, uint64_t offset)
+ssize_t ovl_lane_read_inode(const struct ovl_lane_ask *ask, unsigned char *to, size_t size, uint64_t offset)
 {
 	struct ovl_lane_file file = {.nodeid = ask->header.nodeid, .fd = -1, .followed = -1};
 	ssize_t got = read_file(ask, &file, to, size, offset);
@@ -185,7 +185,7 @@ enum ovl_lane_verdict ovl_lane_read(struct ovl_lane_ask *ask)
 	if (in.offset > (uint64_t)INT64_MAX - size)
 		return ovl_lane_fail(ask, EINVAL);
 	if (ask->fs->no_open) {
-		got = read_inode(ask, ask->answer->body, size, in.offset);
+		got = ovl_lane_read_inode(ask, ask->answer->body, size, in.offset);
 	} else {
 		file = ovl_lane_file_get(ask->fs, in.fh, ask->header.nodeid);
 		if (!file)

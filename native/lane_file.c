@@ -56,6 +56,7 @@ static_assert(sizeof(struct fuse_release_in) == 24, "wire format");
 int ovl_lane_files_init(struct ovl_lane_files *files)
 {
 	*files = (struct ovl_lane_files){0};
+	pthread_cond_init(&files->filled, NULL);
 	return -pthread_mutex_init(&files->lock, NULL);
 }
 
@@ -184,6 +185,7 @@ void ovl_lane_files_destroy(struct ovl_lane_fs *fs)
 		if (files->slots[i])
 			file_free(fs, files->slots[i]);
 	free(files->slots);
+	pthread_cond_destroy(&files->filled);
 	pthread_mutex_destroy(&files->lock);
 }
 
@@ -268,6 +270,8 @@ ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t f
 	ovl_err_t err = -ENOMEM;
 
 	pthread_mutex_lock(&files->lock);
+	while (files->filling == nodeid)
+		pthread_cond_wait(&files->filled, &files->lock);
 	if (!file)
 		goto out;
 	*file = (struct ovl_lane_file){.users = 1, .nodeid = nodeid, .flags = flags, .fd = -1};
@@ -448,6 +452,69 @@ static ovl_err_t kill_at_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint64_t 
 	return err;
 }
 
+/* ---- filling ------------------------------------------------------------------------------------------ */
+
+/*
+ * The data of a small file of a layer goes into the page cache at its first open, before the open is answered.  That spares
+ * the READ, and the GETATTR of the next stat: after a READ the kernel takes the access time for unknown
+ * (fs/fuse/file.c: fuse_invalidate_atime()).
+ *
+ * It must not store what a client has changed meanwhile, nor wait for a page that a client holds while it waits for us:
+ *   - nobody copies up, as the gate is ours from before the inode is seen to be a layer's until the data is stored;
+ *   - nobody else has the inode open, and who wants to waits for us (`filling`): nobody reads from it.
+ */
+#define FILL_MAX 65536u
+
+/* The data, in the body of the answer; 0: there is nothing to fill. */
+static size_t data_to_fill(struct ovl_lane_ask *ask, uint32_t flags)
+{
+	size_t size;
+
+	if (!ask->answer->reader || flags & O_DIRECT || !ovl_tree_fill(ask->fs->tree, ask->header.nodeid, FILL_MAX, &size))
+		return 0;
+	if (size > ask->answer->room || ovl_lane_read_inode(ask, ask->answer->body, size, 0) != (ssize_t)size)
+		return 0; /* who reads is told why */
+	return size;
+}
+
+static void fill(struct ovl_lane_ask *ask, size_t size)
+{
+	struct ovl_lane_files *files = &ask->fs->files;
+	uint64_t nodeid = ask->header.nodeid;
+	struct ovl_lane_io *io;
+
+	pthread_mutex_lock(&files->lock);
+	io = *io_slot(files, nodeid);
+	if (io && io->handles == 1)
+		files->filling = nodeid;
+	else
+		size = 0;
+	pthread_mutex_unlock(&files->lock);
+	if (size == 0)
+		return;
+	(void)ovl_lane_store(ask->answer->reader, nodeid, ask->answer->body, size); /* if not, the kernel asks for it */
+	pthread_mutex_lock(&files->lock);
+	files->filling = 0;
+	pthread_cond_broadcast(&files->filled);
+	pthread_mutex_unlock(&files->lock);
+}
+
+/* Opens a file to read from it, and fills the page cache if that is the time for it. */
+static ovl_err_t open_to_read(struct ovl_lane_ask *ask, uint32_t flags, struct fuse_open_out *out)
+{
+	struct ovl_lane_fs *fs = ask->fs;
+	size_t size = data_to_fill(ask, flags);
+	ovl_err_t err;
+
+	if (size == 0 || !ovl_gate_change(&fs->gate))
+		return ovl_lane_file_open(fs, ask->header.nodeid, flags, -1, out);
+	err = ovl_lane_file_open(fs, ask->header.nodeid, flags, -1, out);
+	if (!err && !ovl_tree_has_upper_data(fs->tree, ask->header.nodeid))
+		fill(ask, size);
+	ovl_gate_changed(&fs->gate);
+	return err;
+}
+
 enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 {
 	struct ovl_lane_fs *fs = ask->fs;
@@ -476,7 +543,10 @@ enum ovl_lane_verdict ovl_lane_open(struct ovl_lane_ask *ask)
 			return err > 0 ? OVL_LANE_PASS : ovl_lane_fail(ask, -err);
 		}
 	}
-	err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), fd, &out);
+	if (change)
+		err = ovl_lane_file_open(fs, ask->header.nodeid, in.flags | (in.flags & O_TRUNC ? O_RDWR : 0), fd, &out);
+	else
+		err = open_to_read(ask, in.flags, &out);
 	if (!gated && (err == -ESTALE || err == -ENOENT)) { /* somebody renames: again, when it is over */
 		if (!ovl_gate_change(&fs->gate))
 			return OVL_LANE_PASS;

@@ -40,6 +40,9 @@ static inline bool wants_write(uint32_t flags)
 struct ovl_lane_file *ovl_lane_file_get(struct ovl_lane_fs *fs, uint64_t fh, uint64_t nodeid);
 void ovl_lane_file_put(struct ovl_lane_fs *fs, struct ovl_lane_file *file);
 
+/* What is in a file that is not open; bytes, or -errno, or -EREMCHG: Python has to look. */
+ssize_t ovl_lane_read_inode(const struct ovl_lane_ask *ask, unsigned char *to, size_t size, uint64_t offset);
+
 /* Fills in where the inode `file->nodeid` is read from, if that is not known; file->fd is the file's then.  OVL_ASK cannot
  * be: there is no layer that is not read from here (session.py). */
 ovl_err_t ovl_lane_file_find(struct ovl_lane_fs *fs, struct ovl_lane_file *file);

@@ -57,6 +57,8 @@ struct ovl_lane_io;
 /* Open files; lane_file.c. */
 struct ovl_lane_files {
 	pthread_mutex_t lock; /* protects the tables and the counts in them; taken before the tree's lock */
+	pthread_cond_t filled; /* protected by lock: `filling` is 0 again */
+	uint64_t filling;      /* protected by lock: a nodeid that nobody may open just now */
 	struct ovl_lane_file **slots;
 	size_t slot_count, free_slot;
 	struct ovl_lane_io *io[256]; /* by nodeid */

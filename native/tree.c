@@ -247,7 +247,7 @@ static bool is_linked(const struct node *node)
 
 static void set_flag(struct node *node, unsigned flag, bool on)
 {
-	node->flags = (on ? node->flags | flag : node->flags & ~flag) & 0xff;
+	node->flags = (on ? node->flags | flag : node->flags & ~flag) & NODE_FLAGS;
 }
 
 /* The source that a node, no directory, keeps in its fields. */
@@ -580,7 +580,7 @@ static ovl_err_t node_new(struct ovl_tree *tree, struct ovl_found *found, struct
 			node->u.extra->data = found->lower[last];
 			node->u.extra->has_data = true;
 		}
-		node->layer = found->lower[0].layer & 0xffff;
+		node->layer = found->lower[0].layer & LAYERS_MAX;
 		node->ref.number = found->lower[0].ref.number;
 		node->name = found->lower[0].name;
 		set_flag(node, NODE_LOWER, true);

@@ -205,6 +205,10 @@ ovl_err_t ovl_tree_open_meta(struct ovl_tree *tree, uint64_t nodeid, struct ovl_
 /* Is the inode's data in the upperdir?  False too for what is not known. */
 bool ovl_tree_has_upper_data(struct ovl_tree *tree, uint64_t nodeid);
 
+/* Is it time to give the data of a file below the upperdir to the page cache: at most `most` bytes?  True once for each
+ * inode that the kernel knows. */
+bool ovl_tree_fill(struct ovl_tree *tree, uint64_t nodeid, size_t most, size_t *size);
+
 /* Opens an inode's object in the upperdir (O_PATH or a directory); a new descriptor or -errno; -ENOENT: it has no name,
  * -EROFS: it has none. */
 int ovl_tree_open_upper(struct ovl_tree *tree, uint64_t nodeid, int flags);

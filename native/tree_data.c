@@ -58,7 +58,7 @@ void ovl_node_drop_kept(struct node *node)
 		close(kept->orphan);
 	free(kept);
 	*kept_at(node) = NULL;
-	node->flags &= 0xff & ~(unsigned)(NODE_KEPT | NODE_LIVE);
+	node->flags &= NODE_FLAGS & ~(unsigned)(NODE_KEPT | NODE_LIVE);
 }
 
 ovl_err_t ovl_tree_set_orphan(struct ovl_tree *tree, uint64_t nodeid, int fd)
@@ -172,7 +172,7 @@ ovl_err_t ovl_tree_set_live(struct ovl_tree *tree, uint64_t nodeid, int fd)
 		kept = ovl_node_kept(node);
 		ovl_node_read_live(node, &node->attr);
 		kept->live = -1;
-		node->flags &= 0xff & ~(unsigned)NODE_LIVE;
+		node->flags &= NODE_FLAGS & ~(unsigned)NODE_LIVE;
 		if (kept->orphan < 0 && kept->last_parent == 0)
 			ovl_node_drop_kept(node);
 	}
@@ -226,6 +226,32 @@ bool ovl_tree_has_upper_data(struct ovl_tree *tree, uint64_t nodeid)
 
 	pthread_rwlock_rdlock(&tree->lock);
 	yes = ovl_tree_find(tree, nodeid, &node) == 0 && has_upper_data(node);
+	pthread_rwlock_unlock(&tree->lock);
+	return yes;
+}
+
+static bool wants_fill(const struct node *node, size_t most)
+{
+	return S_ISREG(node->attr.mode) && !has_upper_data(node) && !(node->flags & NODE_FILLED) && node->attr.size > 0 &&
+	       node->attr.size <= most;
+}
+
+bool ovl_tree_fill(struct ovl_tree *tree, uint64_t nodeid, size_t most, size_t *size)
+{
+	struct node *node;
+	bool yes;
+
+	pthread_rwlock_rdlock(&tree->lock);
+	yes = ovl_tree_find(tree, nodeid, &node) == 0 && wants_fill(node, most);
+	pthread_rwlock_unlock(&tree->lock);
+	if (!yes)
+		return false;
+	pthread_rwlock_wrlock(&tree->lock);
+	yes = ovl_tree_find(tree, nodeid, &node) == 0 && wants_fill(node, most);
+	if (yes) {
+		node->flags |= NODE_FILLED;
+		*size = (size_t)node->attr.size;
+	}
 	pthread_rwlock_unlock(&tree->lock);
 	return yes;
 }

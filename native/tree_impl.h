@@ -10,7 +10,7 @@
 
 #define COOKIE_BITS 40
 #define COOKIE_MAX ((1ull << COOKIE_BITS) - 1)
-#define LAYERS_MAX UINT16_MAX
+#define LAYERS_MAX 4095u /* what node.layer holds; an image has 1024 at most */
 /* Below this many names a directory is searched without an index. */
 #define INDEX_FROM 9u
 /* How many names one turn of list resolves while others wait for the lock. */
@@ -77,6 +77,8 @@ enum {
 	NODE_INO_OWNER = 32, /* lookups of the ino find this one */
 	NODE_KEPT = 64,     /* there is a struct kept */
 	NODE_LIVE = 128,    /* size and times are those of the file behind kept->live */
+	NODE_FILLED = 256,  /* ovl_tree_fill() has said so */
+	NODE_FLAGS = 0xfff, /* the bits that there are */
 };
 
 struct node {
@@ -87,8 +89,8 @@ struct node {
 	uint64_t nlookup;    /* atomic: readers count too */
 	struct node *parent; /* of the first name; NULL: it has none */
 	uint64_t cookie : COOKIE_BITS; /* of the first name */
-	uint64_t layer : 16;
-	uint64_t flags : 8;
+	uint64_t layer : 12;
+	uint64_t flags : 12;
 	union {
 		struct dir *dir;     /* directories: always there */
 		struct extra *extra; /* others: or NULL */
