@@ -201,23 +201,63 @@ bool ovl_dirlayer_hides(const struct ovl_dirlayer *layer, const char *xattr)
 #endif
 #define LIST_BYTES 1024u
 
-/* False: no xattr of the object can be the overlay's or say something else about a layer: none is, on most objects.  True
- * if that is not known. */
-static bool may_have_own(const struct ovl_dirlayer *layer, int dirfd, const char *name)
+/* Which xattrs an object has that say something about a layer: bits, one or more. */
+enum {
+	OWN_OPAQUE = 1,
+	OWN_REDIRECT = 2,
+	OWN_METACOPY = 4,
+	OWN_WHITEOUT = 8,
+	OWN_FUSE_OVERLAYFS = 16,
+	OWN_UNKNOWN = 31,
+};
+
+static unsigned own_bit(const struct ovl_dirlayer *layer, const char *xattr)
 {
-	char list[LIST_BYTES];
-	long size = syscall(SYS_listxattrat, dirfd, name, AT_SYMLINK_NOFOLLOW, list, sizeof(list));
+	static const struct {
+		const char *name;
+		unsigned bit;
+	} known[] = {
+		{"opaque", OWN_OPAQUE}, {"redirect", OWN_REDIRECT}, {"metacopy", OWN_METACOPY}, {"whiteout", OWN_WHITEOUT},
+	};
+
+	if (strncmp(xattr, FUSE_OVERLAYFS, sizeof(FUSE_OVERLAYFS) - 1) == 0)
+		return OWN_FUSE_OVERLAYFS;
+	for (size_t i = 0; i < layer->prefix_count; i++) {
+		size_t len = strlen(layer->prefix[i]);
+
+		if (strncmp(xattr, layer->prefix[i], len) != 0)
+			continue;
+		for (size_t k = 0; k < sizeof(known) / sizeof(known[0]); k++)
+			if (strcmp(xattr + len, known[k].name) == 0)
+				return known[k].bit;
+	}
+	return 0;
+}
+
+/* `size`: what listing the xattrs has given. */
+static unsigned own_bits(const struct ovl_dirlayer *layer, const char *list, long size)
+{
+	unsigned bits = 0;
 
 	if (size < 0)
-		return errno != EOPNOTSUPP && errno != ENOTSUP;
-	for (size_t at = 0; at < (size_t)size; at += strlen(list + at) + 1) {
-		if (strncmp(list + at, FUSE_OVERLAYFS, sizeof(FUSE_OVERLAYFS) - 1) == 0 || strcmp(list + at, OVERRIDE_XATTR) == 0)
-			return true;
-		for (size_t i = 0; i < layer->prefix_count; i++)
-			if (strncmp(list + at, layer->prefix[i], strlen(layer->prefix[i])) == 0)
-				return true;
-	}
-	return false;
+		return errno == EOPNOTSUPP ? 0 : OWN_UNKNOWN;
+	for (long at = 0; at < size; at += (long)strlen(list + at) + 1)
+		bits |= own_bit(layer, list + at);
+	return bits;
+}
+
+static unsigned own_of_name(const struct ovl_dirlayer *layer, int dirfd, const char *name)
+{
+	char list[LIST_BYTES];
+
+	return own_bits(layer, list, syscall(SYS_listxattrat, dirfd, name, AT_SYMLINK_NOFOLLOW, list, sizeof(list)));
+}
+
+static unsigned own_of_fd(const struct ovl_dirlayer *layer, int fd)
+{
+	char list[LIST_BYTES];
+
+	return own_bits(layer, list, flistxattr(fd, list, sizeof(list)));
 }
 
 /* ---- lookup ------------------------------------------------------------------------------------------- */
@@ -250,9 +290,9 @@ static bool has_whiteout_prefix(const uint8_t *name, size_t len)
 }
 
 static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct proc_path *at, const uint8_t *name,
-		     size_t len, bool own)
+		     size_t len, unsigned own)
 {
-	int yes = own ? opaque_is(layer, at->text, -1, 'y') : 0;
+	int yes = own & OWN_OPAQUE ? opaque_is(layer, at->text, -1, 'y') : 0;
 	char value = 0;
 	ssize_t got;
 	int fd;
@@ -267,7 +307,7 @@ static int is_opaque(const struct ovl_dirlayer *layer, int dirfd, const struct p
 		return fd;
 	yes = exists_at(fd, OPAQUE_NAME);
 	close(fd);
-	if (yes != 0 || !own)
+	if (yes != 0 || !(own & OWN_FUSE_OVERLAYFS))
 		return yes;
 	got = get_xattr(at->text, -1, FUSE_OVERLAYFS "opaque", &value, 1);
 	if (got < 0)
@@ -281,7 +321,7 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 	struct proc_path at;
 	ovl_err_t err = proc_path(&at, dirfd, name, len);
 	const char *base = strrchr(at.text, '/') + 1;
-	bool own;
+	unsigned own;
 	int yes;
 
 	if (err)
@@ -299,12 +339,12 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 	switch (out->st.st_mode & S_IFMT) {
 	case S_IFDIR:
 		out->what = OVL_DIRECTORY;
-		own = may_have_own(layer, dirfd, base);
+		own = own_of_name(layer, dirfd, base);
 		yes = is_opaque(layer, dirfd, &at, name, len, own);
 		if (yes < 0)
 			return yes;
 		out->opaque = yes == 1;
-		if (!own)
+		if (!(own & OWN_REDIRECT))
 			return 0;
 		yes = has_own_xattr(layer, at.text, "redirect");
 		return yes == 1 ? OVL_ASK : yes;
@@ -313,15 +353,16 @@ ovl_err_t ovl_dirlayer_lookup(const struct ovl_dirlayer *layer, int dirfd, const
 			out->what = OVL_WHITEOUT;
 		return 0;
 	case S_IFREG:
-		if (!may_have_own(layer, dirfd, base))
-			return 0;
-		if (out->st.st_size == 0) {
+		own = own_of_name(layer, dirfd, base);
+		if (own & OWN_WHITEOUT && out->st.st_size == 0) {
 			yes = has_own_xattr(layer, at.text, "whiteout");
 			if (yes == 1)
 				out->what = OVL_WHITEOUT;
 			if (yes != 0)
 				return yes == 1 ? 0 : yes;
 		}
+		if (!(own & OWN_METACOPY))
+			return 0;
 		yes = has_own_xattr(layer, at.text, "metacopy");
 		return yes == 1 ? OVL_ASK : yes;
 	default:
@@ -531,11 +572,10 @@ static ovl_err_t list_one(const struct listing *list, const struct dirent64 *d, 
 	return err ? err : emit(arg, what, name, len);
 }
 
-ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *path, size_t len, ovl_dirlayer_emit emit,
-			    void *arg)
+ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, int dirfd, bool is_root, ovl_dirlayer_emit emit, void *arg)
 {
 	enum { BUFFER_BYTES = 1 << 15 };
-	struct listing list = {.layer = layer, .fd = -1, .xattr_whiteouts = true};
+	struct listing list = {.layer = layer, .fd = dirfd, .xattr_whiteouts = true};
 	uint8_t *buffer;
 	ovl_err_t err;
 
@@ -543,13 +583,12 @@ ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *pat
 	buffer = malloc(BUFFER_BYTES);
 	if (!buffer)
 		goto out;
-	list.fd = ovl_dirlayer_open(layer, path, len, O_RDONLY | O_DIRECTORY);
-	if (list.fd < 0) {
-		err = list.fd;
+	if (lseek(dirfd, 0, SEEK_SET) != 0) {
+		err = -errno;
 		goto out;
 	}
-	if (len > 0) {
-		int yes = opaque_is(layer, NULL, list.fd, 'x');
+	if (!is_root) {
+		int yes = own_of_fd(layer, dirfd) & OWN_OPAQUE ? opaque_is(layer, NULL, dirfd, 'x') : 0;
 
 		if (yes < 0) {
 			err = yes;
@@ -558,7 +597,7 @@ ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *pat
 		list.xattr_whiteouts = yes == 1;
 	}
 	for (;;) {
-		long got = syscall(SYS_getdents64, list.fd, buffer, (size_t)BUFFER_BYTES);
+		long got = syscall(SYS_getdents64, dirfd, buffer, (size_t)BUFFER_BYTES);
 
 		if (got <= 0) {
 			err = got < 0 ? -errno : 0;
@@ -574,8 +613,6 @@ ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *pat
 		}
 	}
 out:
-	if (list.fd >= 0)
-		close(list.fd);
 	free(buffer);
 	return err;
 }

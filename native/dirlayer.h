@@ -81,11 +81,11 @@ ovl_err_t ovl_dirlayer_attr(const struct ovl_dirlayer *layer, int dirfd, const u
 /* OVL_ASK: the object carries overlay.origin; 0: it does not. */
 ovl_err_t ovl_dirlayer_origin(const struct ovl_dirlayer *layer, int dirfd, const uint8_t *name, size_t len);
 
-/* Gives every name that a lookup would not answer OVL_ABSENT for, once each, in the order of the directory.  `name` is
- * terminated and valid during the call only.  Another result than 0 of `emit` ends the list and is returned. */
+/* Gives every name that a lookup would not answer OVL_ABSENT for, once each, in the order of the directory.  `dirfd` was
+ * opened for reading and is listed from its start; `is_root`: it is the layer's.  `name` is terminated and valid during
+ * the call only.  Another result than 0 of `emit` ends the list and is returned. */
 typedef ovl_err_t (*ovl_dirlayer_emit)(void *arg, enum ovl_what what, const uint8_t *name, size_t len);
-ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, const uint8_t *path, size_t len, ovl_dirlayer_emit emit,
-			    void *arg);
+ovl_err_t ovl_dirlayer_list(const struct ovl_dirlayer *layer, int dirfd, bool is_root, ovl_dirlayer_emit emit, void *arg);
 
 /* Is this xattr of an object the overlay's own, and so shown to nobody?  DirLayer.shown_xattr() is the reference.  Kernel:
  * fs/overlayfs/xattrs.c: ovl_is_own_xattr(), ovl_is_escaped_xattr(). */

@@ -208,19 +208,21 @@ static ovl_err_t path_of(const struct ovl_merge *merge, size_t i, const uint8_t 
 }
 
 /* A descriptor of source `i`, opened at the first question. */
-static int fd_of(struct ovl_merge *merge, size_t i)
+static int fd_of(struct ovl_merge *merge, size_t i, bool readable)
 {
 	const uint8_t *path;
 	uint8_t *owned;
 	size_t len;
 	ovl_err_t err;
 
-	if (merge->fds[i] >= 0)
+	if (merge->fds[i] >= 0 && (merge->readable || !readable))
 		return merge->fds[i];
 	err = path_of(merge, i, &path, &len, &owned);
 	if (err)
 		return err;
-	merge->fds[i] = ovl_dirlayer_open(&layer_of(merge, i)->dir, path, len, O_PATH | O_DIRECTORY);
+	if (merge->fds[i] >= 0)
+		close(merge->fds[i]);
+	merge->fds[i] = ovl_dirlayer_open(&layer_of(merge, i)->dir, path, len, (readable ? O_RDONLY : O_PATH) | O_DIRECTORY);
 	free(owned);
 	return merge->fds[i];
 }
@@ -265,7 +267,7 @@ static ovl_err_t ask_layer(struct ovl_merge *merge, size_t i, const uint8_t *nam
 		out->implied = entry.flags & OVL_IX_IMPLIED;
 		return entry.what == OVL_LINK_BELOW ? OVL_ASK : 0;
 	case OVL_LAYER_DIR:
-		fd = fd_of(merge, i);
+		fd = fd_of(merge, i, false);
 		if (fd < 0)
 			return fd;
 		err = ovl_dirlayer_lookup(&layer->dir, fd, name, len, &dir);
@@ -350,8 +352,8 @@ static ovl_err_t add_lower(struct ovl_merge *merge, size_t i, const uint8_t *nam
 	return 0;
 }
 
-ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t len, struct ovl_blob *shared,
-			   struct ovl_found *out)
+ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t len, size_t from,
+			   struct ovl_blob *shared, struct ovl_found *out)
 {
 	bool is_dir = false, has_attr = false, has_ino = false;
 	struct said said, top;
@@ -359,7 +361,9 @@ ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t 
 	ovl_err_t err;
 
 	*out = (struct ovl_found){0};
-	for (size_t i = first_source(merge); i <= merge->count; i++) {
+	if (from == 0)
+		from = 1;
+	for (size_t i = merge->upper ? 0 : from; i <= merge->count; i = i ? i + 1 : from) {
 		err = ask_layer(merge, i, name, len, &said);
 		if (err == OVL_ABSENT)
 			continue;
@@ -491,6 +495,7 @@ struct listing {
 	struct hidden fresh;
 	ovl_merge_emit emit;
 	void *arg;
+	size_t from; /* the source that is listed */
 };
 
 static ovl_err_t list_name(struct listing *list, enum ovl_what what, const uint8_t *name, size_t len, bool borrowed)
@@ -499,7 +504,7 @@ static ovl_err_t list_name(struct listing *list, enum ovl_what what, const uint8
 		return 0;
 	if (what == OVL_WHITEOUT)
 		return hidden_add(&list->fresh, name, len);
-	return list->emit(list->arg, name, len, borrowed);
+	return list->emit(list->arg, name, len, list->from, borrowed);
 }
 
 static ovl_err_t list_dir_name(void *arg, enum ovl_what what, const uint8_t *name, size_t len)
@@ -522,18 +527,14 @@ static ovl_err_t list_tar(struct listing *list, const struct ovl_index *index, u
 static ovl_err_t list_source(struct ovl_merge *merge, size_t i, struct listing *list)
 {
 	const struct ovl_layer *layer = layer_of(merge, i);
-	const uint8_t *path;
-	uint8_t *owned;
-	size_t len;
-	ovl_err_t err;
+	bool is_root = i == 0 ? merge->path_len == 0 : !merge->sources[i - 1].ref.path;
+	int fd;
 
+	list->from = i;
 	if (layer->kind == OVL_LAYER_TAR)
 		return list_tar(list, layer->index, (uint32_t)merge->sources[i - 1].ref.number);
-	err = path_of(merge, i, &path, &len, &owned);
-	if (!err)
-		err = ovl_dirlayer_list(&layer->dir, path, len, list_dir_name, list);
-	free(owned);
-	return err;
+	fd = fd_of(merge, i, true);
+	return fd < 0 ? fd : ovl_dirlayer_list(&layer->dir, fd, is_root, list_dir_name, list);
 }
 
 ovl_err_t ovl_merge_names(struct ovl_merge *merge, ovl_merge_emit emit, void *arg)
@@ -553,6 +554,7 @@ ovl_err_t ovl_merge_names(struct ovl_merge *merge, ovl_merge_emit emit, void *ar
 		hidden_free(&list.fresh);
 		list.fresh = (struct hidden){0};
 	}
+	merge->readable = !err;
 	hidden_free(&list.hidden);
 	return err;
 }

@@ -124,6 +124,7 @@ struct ovl_merge {
 	const uint8_t *path; /* borrowed */
 	size_t path_len;
 	int *fds; /* of the upperdir and of each source; -1: not open yet */
+	bool readable; /* those that are open were opened for reading */
 	int few[8];
 };
 
@@ -146,14 +147,15 @@ struct ovl_found {
 
 void ovl_found_clear(const struct ovl_stack *stack, struct ovl_found *found);
 
-/* Looks `name` up.  `shared` (may be NULL) is the name as a blob, to be referred to instead of copied.  OVL_ABSENT: the
+/* Looks `name` up.  `from`: no source between the upperdir and this one has it; 0: not known.  `shared` (may be NULL) is the name as a blob, to be referred to instead of copied.  OVL_ABSENT: the
  * merged tree has no such name.  OVL_ASK.  Otherwise `*out` is the caller's, to be cleared. */
-ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t len, struct ovl_blob *shared,
-			   struct ovl_found *out);
+ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t len, size_t from,
+			   struct ovl_blob *shared, struct ovl_found *out);
 
 /* Gives the names that the directory lists, those of upper layers first; a name can come more than once, the first
- * counts.  `borrowed`: it lives as long as the layer, otherwise only during the call.  OVL_ASK: before any. */
-typedef ovl_err_t (*ovl_merge_emit)(void *arg, const uint8_t *name, size_t len, bool borrowed);
+ * counts: it is in source `from`, and in none above.  `borrowed`: it lives as long as the layer, otherwise only during the
+ * call.  OVL_ASK: before any. */
+typedef ovl_err_t (*ovl_merge_emit)(void *arg, const uint8_t *name, size_t len, size_t from, bool borrowed);
 ovl_err_t ovl_merge_names(struct ovl_merge *merge, ovl_merge_emit emit, void *arg);
 
 /* SipHash-1-3 with a key that is made once per process: a layer cannot choose names that collide. */

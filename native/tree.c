@@ -35,7 +35,7 @@ static struct ovl_blob *name_blob(const struct entry *entry)
 
 static unsigned tag_of(uint64_t hash)
 {
-	return (unsigned)(hash >> 49);
+	return (unsigned)(hash >> 53);
 }
 
 static bool has_name(const struct entry *entry, const uint8_t *name, size_t len)
@@ -182,7 +182,7 @@ static struct entry *dir_put(struct dir *dir, const uint8_t *name, size_t len, s
 		.cookie = ++dir->next_cookie & COOKIE_MAX,
 		.len = len & 0xff,
 		.owned = blob != NULL,
-		.tag = tag_of(hash) & 0x7fff,
+		.tag = tag_of(hash) & 0x7ff,
 	};
 	if (dir->index)
 		index_enter(dir, hash, dir->used);
@@ -328,6 +328,7 @@ static ovl_err_t name_reserve(struct node *node)
 static void attach(struct node *node, struct node *parent, struct entry *entry)
 {
 	entry->node = node;
+	entry->from = 0;
 	parent->u.dir->live++;
 	if (node->parent) {
 		struct extra *extra = node->u.extra;
@@ -517,8 +518,26 @@ static void enter(struct ovl_tree *tree, struct node *node)
 	table_enter(&tree->by_nodeid, node);
 }
 
+static void close_opened(struct opened *opened)
+{
+	ovl_merge_close(&opened->merge);
+	free(opened->path);
+	opened->path = NULL;
+	opened->node = NULL;
+}
+
+/* What is open of a directory is no longer what it is made of; NULL: of any. */
+static void forget_opened(struct ovl_tree *tree, const struct node *node)
+{
+	for (size_t i = 0; i < OPENED_MAX; i++)
+		if (tree->opened[i].node && (!node || tree->opened[i].node == node))
+			close_opened(&tree->opened[i]);
+}
+
 static void drop(struct ovl_tree *tree, struct node *node)
 {
+	if (is_dir(node))
+		forget_opened(tree, node);
 	if (node->flags & NODE_INO_OWNER && node->nodeid != node->ino)
 		table_remove(&tree->by_ino, node);
 	table_remove(&tree->by_nodeid, node);
@@ -644,25 +663,61 @@ static ovl_err_t find_dir(const struct ovl_tree *tree, uint64_t nodeid, struct n
 	return err || is_dir(*out) ? err : -ENOTDIR;
 }
 
-/* The layers' side of a directory, opened.  `*path` is to be freed after ovl_merge_close. */
-static ovl_err_t open_merge(struct ovl_tree *tree, const struct node *node, struct ovl_merge *merge, uint8_t **path)
+/* A place for one more; what was not used for longest makes room. */
+static struct opened *opened_place(struct ovl_tree *tree)
 {
+	struct opened *oldest = &tree->opened[0];
+
+	for (size_t i = 0; i < OPENED_MAX; i++) {
+		if (!tree->opened[i].node)
+			return &tree->opened[i];
+		if (tree->opened[i].used < oldest->used)
+			oldest = &tree->opened[i];
+	}
+	close_opened(oldest);
+	return oldest;
+}
+
+/* The layers' side of a directory, opened; to be given to close_merge. */
+static ovl_err_t open_merge(struct ovl_tree *tree, struct node *node, struct opened **out)
+{
+	struct opened *opened;
 	bool upper = false;
 	size_t len = 0;
+	ovl_err_t err;
 
-	*path = NULL;
-	*merge = (struct ovl_merge){0};
+	for (size_t i = 0; i < OPENED_MAX; i++) {
+		opened = &tree->opened[i];
+		if (opened->node == node) {
+			opened->used = ++tree->clock;
+			*out = opened;
+			return 0;
+		}
+	}
+	opened = opened_place(tree);
 	if (node->flags & NODE_UPPER) {
-		ovl_err_t err = ovl_node_path(tree, node, path, &len);
-
+		err = ovl_node_path(tree, node, &opened->path, &len);
 		if (err && err != -ENOENT)
 			return err;
 		upper = !err;
 	}
-	return ovl_merge_open(merge, &tree->stack, node->u.dir->lower, node->u.dir->lower_count, upper, *path, len);
+	err = ovl_merge_open(&opened->merge, &tree->stack, node->u.dir->lower, node->u.dir->lower_count, upper, opened->path,
+			     len);
+	opened->node = node;
+	opened->used = ++tree->clock;
+	if (err)
+		close_opened(opened);
+	*out = opened;
+	return err;
 }
 
-static ovl_err_t put_name(void *arg, const uint8_t *name, size_t len, bool borrowed)
+static void close_merge(struct opened *opened, ovl_err_t err)
+{
+	if (err || opened->merge.count > OPENED_SOURCES_MAX)
+		close_opened(opened);
+}
+
+static ovl_err_t put_name(void *arg, const uint8_t *name, size_t len, size_t from, bool borrowed)
 {
 	struct ovl_blob *blob = NULL;
 	struct dir *dir = arg;
@@ -680,7 +735,7 @@ static ovl_err_t put_name(void *arg, const uint8_t *name, size_t len, bool borro
 		if (!blob)
 			return -ENOMEM;
 	}
-	dir_put(dir, name, len, blob);
+	dir_put(dir, name, len, blob)->from = (from < FROM_MAX ? from : FROM_MAX) & FROM_MAX;
 	return 0;
 }
 
@@ -724,8 +779,7 @@ static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ov
 {
 	struct timespec began = {0};
 	struct dir names = {0};
-	struct ovl_merge merge;
-	uint8_t *path;
+	struct opened *opened;
 	ovl_err_t err;
 
 	if (node->u.dir->merged)
@@ -733,11 +787,11 @@ static ovl_err_t need_merged(struct ovl_tree *tree, struct node *node, struct ov
 	if (tree->told)
 		clock_gettime(CLOCK_MONOTONIC, &began);
 	if (is_linked(node)) {
-		err = open_merge(tree, node, &merge, &path);
-		if (!err)
-			err = ovl_merge_names(&merge, put_name, &names);
-		ovl_merge_close(&merge);
-		free(path);
+		err = open_merge(tree, node, &opened);
+		if (!err) {
+			err = ovl_merge_names(&opened->merge, put_name, &names);
+			close_merge(opened, err);
+		}
 		if (err == OVL_ASK) {
 			ask->nodeid = node->nodeid;
 			ask->name_len = 0;
@@ -762,7 +816,7 @@ static ovl_err_t resolve(struct ovl_tree *tree, struct node *parent, struct ovl_
 	struct node *node;
 	ovl_err_t err;
 
-	err = ovl_merge_lookup(merge, entry->name, entry->len, name_blob(entry), &found);
+	err = ovl_merge_lookup(merge, entry->name, entry->len, entry->from, name_blob(entry), &found);
 	if (err == OVL_ABSENT) {
 		dir_remove(parent->u.dir, entry);
 		return err;
@@ -788,9 +842,8 @@ static ovl_err_t resolve(struct ovl_tree *tree, struct node *parent, struct ovl_
 static ovl_err_t need_entry(struct ovl_tree *tree, struct node *parent, const uint8_t *name, size_t len,
 			    struct entry **out, struct ovl_ask *ask)
 {
-	struct ovl_merge merge;
+	struct opened *opened;
 	struct entry *entry;
-	uint8_t *path;
 	ovl_err_t err;
 
 	err = need_merged(tree, parent, ask);
@@ -802,11 +855,11 @@ static ovl_err_t need_entry(struct ovl_tree *tree, struct node *parent, const ui
 	*out = entry;
 	if (entry->node)
 		return 0;
-	err = open_merge(tree, parent, &merge, &path);
-	if (!err)
-		err = resolve(tree, parent, &merge, entry, ask);
-	ovl_merge_close(&merge);
-	free(path);
+	err = open_merge(tree, parent, &opened);
+	if (!err) {
+		err = resolve(tree, parent, &opened->merge, entry, ask);
+		close_merge(opened, err < 0 ? err : 0);
+	}
 	return err;
 }
 
@@ -859,6 +912,7 @@ void ovl_tree_free(struct ovl_tree *tree)
 {
 	if (!tree)
 		return;
+	forget_opened(tree, NULL);
 	for (size_t i = 0; i <= tree->by_nodeid.mask; i++)
 		node_free(tree, tree->by_nodeid.slots[i]);
 	free(tree->by_nodeid.slots);
@@ -964,8 +1018,7 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 			      struct ovl_ask *ask)
 {
 	struct dir *dir = node->u.dir;
-	struct ovl_merge merge;
-	uint8_t *path;
+	struct opened *opened;
 	size_t turn = 0;
 	ovl_err_t err;
 
@@ -974,7 +1027,9 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 	err = need_merged(tree, node, ask);
 	if (err)
 		return err;
-	err = open_merge(tree, node, &merge, &path);
+	err = open_merge(tree, node, &opened);
+	if (err)
+		return err;
 	while (!err && turn < most) {
 		uint32_t at = dir_seek(dir, after + 1);
 
@@ -986,7 +1041,7 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 		turn++;
 		if (dir->entries[at].node)
 			continue;
-		err = resolve(tree, node, &merge, &dir->entries[at], ask);
+		err = resolve(tree, node, &opened->merge, &dir->entries[at], ask);
 		if (err == OVL_ABSENT) {
 			err = 0; /* the entry is gone, and counts for nothing */
 			turn--;
@@ -994,8 +1049,7 @@ static ovl_err_t resolve_some(struct ovl_tree *tree, struct node *node, uint64_t
 	}
 	if (err && turn > 1)
 		err = 0; /* give what there is first; the next turn begins here */
-	ovl_merge_close(&merge);
-	free(path);
+	close_merge(opened, err < 0 ? err : 0);
 	return err;
 }
 
@@ -1398,8 +1452,10 @@ ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 		goto out;
 	}
 	node = entry->node;
-	if (node)
+	if (node) {
 		detach(directory, entry);
+		forget_opened(tree, node);
+	}
 	dir_remove(directory->u.dir, entry);
 	drop_if_unused(tree, node);
 out:
@@ -1459,6 +1515,8 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 			detach(to, entry);
 		dir_remove(to->u.dir, entry);
 	}
+	if (is_dir(node) || (replaced && is_dir(replaced)))
+		forget_opened(tree, NULL); /* the paths of all that is below */
 	/* Entries have moved if it was the same directory. */
 	entry = dir_find(from->u.dir, name, len);
 	detach(from, entry);
@@ -1502,6 +1560,8 @@ ovl_err_t ovl_tree_exchange(struct ovl_tree *tree, uint64_t parent, const uint8_
 	if (contains(first, other) || contains(second, one))
 		goto out;
 	err = 0;
+	if (is_dir(first) || is_dir(second))
+		forget_opened(tree, NULL);
 	detach(one, a);
 	detach(other, b);
 	attach(first, other, b);
@@ -1522,6 +1582,8 @@ ovl_err_t ovl_tree_set_upper(struct ovl_tree *tree, uint64_t nodeid, uint64_t up
 		set_flag(node, NODE_UPPER, true);
 		set_flag(node, NODE_METACOPY, metacopy);
 		node->upper_ino = upper_ino;
+		if (is_dir(node))
+			forget_opened(tree, node);
 		if (!is_dir(node) && !metacopy)
 			node_clear_lower(tree, node);
 	}
@@ -1650,7 +1712,7 @@ ovl_err_t ovl_tree_adopt_begin(struct ovl_tree_names_in **in)
 
 ovl_err_t ovl_tree_adopt_name(struct ovl_tree_names_in *in, const uint8_t *name, size_t len)
 {
-	return put_name(&in->dir, name, len, false);
+	return put_name(&in->dir, name, len, 0, false);
 }
 
 ovl_err_t ovl_tree_adopt_end(struct ovl_tree *tree, uint64_t nodeid, struct ovl_tree_names_in *in, bool keep)

@@ -456,7 +456,7 @@ ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *
 		goto out;
 	err = ovl_merge_open(&merge, &tree->stack, node->u.dir->lower, node->u.dir->lower_count, false, NULL, 0);
 	if (!err)
-		err = ovl_merge_lookup(&merge, name, len, NULL, &found);
+		err = ovl_merge_lookup(&merge, name, len, 0, NULL, &found);
 	if (!err)
 		ovl_found_clear(&tree->stack, &found);
 	ovl_merge_close(&merge);

@@ -15,6 +15,10 @@
 #define INDEX_FROM 9u
 /* How many names one turn of list resolves while others wait for the lock. */
 #define LIST_TURN 256u
+#define FROM_MAX 15u
+/* So many directories stay open in the layers, each with no more sources than this. */
+#define OPENED_MAX 16u
+#define OPENED_SOURCES_MAX 8u
 
 /* ---- structures --------------------------------------------------------------------------------------- */
 
@@ -25,7 +29,8 @@ struct entry {
 	uint64_t cookie : COOKIE_BITS;
 	uint64_t len : 8;
 	uint64_t owned : 1;
-	uint64_t tag : 15; /* of the name's hash */
+	uint64_t tag : 11; /* of the name's hash */
+	uint64_t from : 4; /* not resolved since it was listed: no lower source above this one has it */
 };
 static_assert(sizeof(struct entry) == 24, "one per name: mind the size");
 
@@ -111,6 +116,14 @@ struct table {
 	bool by_ino;
 };
 
+/* A directory whose sources are open: names are looked up in the same one again and again. */
+struct opened {
+	struct node *node; /* NULL: unused */
+	struct ovl_merge merge;
+	uint8_t *path; /* owned; what merge.path is */
+	uint64_t used; /* by the tree's clock */
+};
+
 struct ovl_tree {
 	pthread_rwlock_t lock; /* protects everything below */
 	struct ovl_stack stack;
@@ -118,6 +131,8 @@ struct ovl_tree {
 	struct table by_ino; /* the owners whose nodeid is not their ino */
 	struct node *root;
 	uint64_t fresh;
+	struct opened opened[OPENED_MAX]; /* for who holds the lock for writing */
+	uint64_t clock;
 	ovl_tree_told told; /* or NULL */
 	void *told_arg;
 };
