@@ -733,7 +733,8 @@ enum ovl_lane_verdict ovl_lane_rename(struct ovl_lane_ask *ask)
 	if (to.dir->has_lower)
 		ovl_lane_set_impure(fs, to.dir);
 	refresh_dir(fs, from.dir);
-	refresh_dir(fs, to.dir);
+	if (to.dir != from.dir)
+		refresh_dir(fs, to.dir);
 	(void)ovl_lane_refresh(fs, from.child.entry.nodeid, fd, &entry); /* its ctime */
 	close(fd);
 	return done(ask, err > 0 ? -EIO : err);

@@ -328,7 +328,6 @@ static ovl_err_t name_reserve(struct node *node)
 static void attach(struct node *node, struct node *parent, struct entry *entry)
 {
 	entry->node = node;
-	entry->from = 0;
 	parent->u.dir->live++;
 	if (node->parent) {
 		struct extra *extra = node->u.extra;
@@ -1109,6 +1108,40 @@ ovl_err_t ovl_tree_list(struct ovl_tree *tree, uint64_t nodeid, uint64_t after, 
 			void *arg, struct ovl_ask *ask)
 {
 	return ovl_tree_list_how(tree, nodeid, after, most, 0, emit, arg, ask);
+}
+
+ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len)
+{
+	const struct entry *entry;
+	struct opened *opened;
+	struct ovl_merge below;
+	struct ovl_found found;
+	struct node *node;
+	ovl_err_t err;
+
+	/* Blobs and paths are counted under the lock for writing (merge.h). */
+	pthread_rwlock_wrlock(&tree->lock);
+	err = find_dir(tree, parent, &node);
+	if (err)
+		goto out;
+	entry = dir_find(node->u.dir, name, len);
+	if (entry && entry->from > 0)
+		goto out;
+	err = OVL_ABSENT;
+	if (node->u.dir->lower_count == 0)
+		goto out;
+	err = open_merge(tree, node, &opened);
+	if (err)
+		goto out;
+	below = opened->merge; /* with what is open, and what will be */
+	below.upper = false;
+	err = ovl_merge_lookup(&below, name, len, 0, NULL, &found);
+	if (!err)
+		ovl_found_clear(&tree->stack, &found);
+	close_merge(opened, err < 0 ? err : 0);
+out:
+	pthread_rwlock_unlock(&tree->lock);
+	return err;
 }
 
 ovl_err_t ovl_tree_parent(struct ovl_tree *tree, uint64_t nodeid, struct ovl_entry *out)

@@ -436,31 +436,3 @@ ovl_err_t ovl_tree_redirect(struct ovl_tree *tree, uint64_t nodeid, uint8_t **pa
 	free(plain);
 	return err;
 }
-
-ovl_err_t ovl_tree_below(struct ovl_tree *tree, uint64_t parent, const uint8_t *name, size_t len)
-{
-	struct ovl_found found;
-	struct ovl_merge merge;
-	struct node *node;
-	ovl_err_t err;
-
-	/* Blobs and paths are counted under the lock for writing (merge.h). */
-	pthread_rwlock_wrlock(&tree->lock);
-	err = ovl_tree_find(tree, parent, &node);
-	if (!err && !(node->flags & NODE_DIR))
-		err = -ENOTDIR;
-	if (err)
-		goto out;
-	err = OVL_ABSENT;
-	if (node->u.dir->lower_count == 0)
-		goto out;
-	err = ovl_merge_open(&merge, &tree->stack, node->u.dir->lower, node->u.dir->lower_count, false, NULL, 0);
-	if (!err)
-		err = ovl_merge_lookup(&merge, name, len, 0, NULL, &found);
-	if (!err)
-		ovl_found_clear(&tree->stack, &found);
-	ovl_merge_close(&merge);
-out:
-	pthread_rwlock_unlock(&tree->lock);
-	return err;
-}

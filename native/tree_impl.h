@@ -30,7 +30,7 @@ struct entry {
 	uint64_t len : 8;
 	uint64_t owned : 1;
 	uint64_t tag : 11; /* of the name's hash */
-	uint64_t from : 4; /* not resolved since it was listed: no lower source above this one has it */
+	uint64_t from : 4; /* the layers below the upperdir show the name, but none above this source; 0: not known */
 };
 static_assert(sizeof(struct entry) == 24, "one per name: mind the size");
 
