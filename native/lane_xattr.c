@@ -20,7 +20,10 @@
 static_assert(sizeof(struct fuse_getxattr_in) == 8, "wire format");
 static_assert(sizeof(struct fuse_statfs_out) == 80, "wire format");
 
-#define LIST_MAX 65536u /* XATTR_LIST_MAX */
+/* The kernel clears, or takes, as much memory as it is offered room (fs/xattr.c: do_getxattr()): 64 KiB cost more than all
+ * the rest of a request.  So no more is offered than is asked for, or is likely. */
+#define VALUE_MAX 65536u /* XATTR_SIZE_MAX, XATTR_LIST_MAX */
+#define LIST_LIKELY 1024u
 
 static bool starts(const char *name, const char *prefix)
 {
@@ -82,6 +85,7 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 	struct ovl_data meta;
 	const char *name;
 	ssize_t size;
+	size_t room;
 	int error;
 
 	if (ask->size <= sizeof(in) || ask->body[ask->size - 1] != 0)
@@ -94,16 +98,20 @@ enum ovl_lane_verdict ovl_lane_getxattr(struct ovl_lane_ask *ask)
 		return OVL_LANE_PASS;
 	if (meta.kind == OVL_DATA_TAR)
 		return get_from_tar(ask, in.size, &meta, name);
-	size = getxattr(ovl_lane_proc(meta.fd).text, name, ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
+	room = in.size < VALUE_MAX ? in.size : VALUE_MAX;
+	if (room > ask->answer->room)
+		room = ask->answer->room;
+	size = getxattr(ovl_lane_proc(meta.fd).text, name, ask->answer->body, room);
 	error = errno;
 	close(meta.fd);
+	if (size >= 0 && in.size == 0)
+		return give(ask, 0, NULL, (size_t)size);
 	if (size >= 0) {
-		if (in.size > 0 && (size_t)size <= in.size) {
-			ask->answer->size = (size_t)size; /* it is there already */
-			return OVL_LANE_ANSWERED;
-		}
-		return give(ask, in.size, ask->answer->body, (size_t)size);
+		ask->answer->size = (size_t)size; /* it is there already */
+		return OVL_LANE_ANSWERED;
 	}
+	if (error == ERANGE && room == in.size)
+		return ovl_lane_fail(ask, ERANGE);
 	/* EOPNOTSUPP, EPERM: a kind of object, or a file system, that has no such xattrs (directory.py: getxattr()). */
 	if (error == ENODATA || error == EOPNOTSUPP || error == EPERM)
 		return give_none(ask, name);
@@ -114,6 +122,16 @@ enum ovl_lane_verdict ovl_lane_setxattr(struct ovl_lane_ask *ask)
 {
 	ovl_lane_file_dress(ask->fs, ask->header.nodeid);
 	return OVL_LANE_PASS;
+}
+
+static ssize_t list(const struct ovl_lane_ask *ask, const struct ovl_data *meta)
+{
+	struct ovl_lane_proc path = ovl_lane_proc(meta->fd);
+	ssize_t size = listxattr(path.text, (char *)ask->answer->body, LIST_LIKELY); /* room is 4 KiB and more */
+
+	if (size < 0 && errno == ERANGE)
+		size = listxattr(path.text, (char *)ask->answer->body, ask->answer->room < VALUE_MAX ? ask->answer->room : VALUE_MAX);
+	return size;
 }
 
 enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask)
@@ -130,7 +148,7 @@ enum ovl_lane_verdict ovl_lane_listxattr(struct ovl_lane_ask *ask)
 	if (meta.kind == OVL_DATA_TAR) /* those that have none, which is nearly all */
 		return ovl_index_xattrs(meta.layer->index, meta.ref, &iter) || iter.left > 0 ? OVL_LANE_PASS
 											      : give(ask, in.size, "", 0);
-	size = listxattr(ovl_lane_proc(meta.fd).text, (char *)ask->answer->body, ask->answer->room < LIST_MAX ? ask->answer->room : LIST_MAX);
+	size = list(ask, &meta);
 	close(meta.fd);
 	if (size < 0)
 		return OVL_LANE_PASS;
