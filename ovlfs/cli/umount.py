@@ -2,10 +2,15 @@
 
 import argparse
 import os
+import sys
 
 from ovlfs.cli.main import Parser
 from ovlfs.errors import MountError, printable
 from ovlfs.fuse import mounting
+
+_PATIENCE_SECONDS = 10.0
+"""After which a user wants to know why it takes so long."""
+_MAX_HOLDERS = 3
 
 
 def parser() -> Parser:
@@ -44,7 +49,19 @@ def unmount(path: bytes, *, lazy: bool) -> None:
         mounting.unmount(entry.mountpoint, lazy=lazy)
         if lazy or pidfd is None or record is None:
             return
-        mounting.wait_for_end(pidfd)
+        if not mounting.wait_for_end(pidfd, _PATIENCE_SECONDS):
+            print(f"ovlfs: {printable(path)}: {_waiting_for(record, entry.device)}", file=sys.stderr, flush=True)
+            mounting.wait_for_end(pidfd)
     after = mounting.reread(record)
     if after is not None and after.failed:
         raise MountError(f"{printable(path)}: not everything is on disk: {after.failed} (log: {after.log})")
+
+
+def _waiting_for(record: mounting.Record, device: str) -> str:
+    """Why the daemon of what is unmounted goes on."""
+    what = f"is unmounted here; waiting for its daemon, process {record.pid}"
+    held = mounting.holders(device)
+    if not held:
+        return f"{what}, which may still be writing to disk"
+    more = [f"{len(held) - _MAX_HOLDERS} more"] if len(held) > _MAX_HOLDERS else []
+    return f"{what}, since it is still mounted elsewhere: {'; '.join(held[:_MAX_HOLDERS] + more)}"

@@ -529,6 +529,34 @@ def wait_for_end(pidfd: int, timeout_seconds: float | None = None) -> bool:
     return bool(poller.poll(None if timeout_seconds is None else timeout_seconds * 1000))
 
 
+def holders(device: str) -> list[str]:
+    """Where else a mount of ours is mounted, in words: its copies in this mount namespace and in those of others.
+
+    A mount that is unmounted here lives on in every copy: bind mounts, and what unshare(2) made of the whole table.
+    One process speaks for its namespace.  What we may not look at is left out.
+    """
+    here = _mount_namespace()
+    namespaces: set[int] = set()
+    found = []
+    for pid in (b"self", *sorted(filter(bytes.isdigit, os.listdir(b"/proc")), key=int)):
+        with contextlib.suppress(OSError):  # the process has ended, or is not ours
+            namespace = os.stat(b"/proc/%s/ns/mnt" % pid).st_ino
+            if namespace in namespaces:
+                continue
+            namespaces.add(namespace)
+            with open(b"/proc/%s/comm" % pid, "rb") as file:
+                name = printable(file.read().removesuffix(b"\n"))
+            with open(b"/proc/%s/mountinfo" % pid, "rb") as file:
+                table = mount_table(file.read())
+            who = "" if namespace == here else f"process {int(pid)} ({name}) in its mount namespace, "
+            found += [
+                f"{who}on {printable(entry.mountpoint)}"
+                for entry in table
+                if entry.device == device and entry.fstype == FSTYPE
+            ]
+    return found
+
+
 def reread(record: Record) -> Record | None:
     """The record as it is now; None: the daemon has removed it, so all is well."""
     key = (record.pid, record.started)

@@ -341,6 +341,38 @@ def test_lazy_umount_lets_open_files_work_on(ovlfs: Run, small_image: SmallImage
     processes.wait_until(lambda: not processes.is_running(pid), "the daemon ended with the last open file")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("copied_by", ["unshare", "bind"])
+def test_umount_says_what_it_waits_for(ovlfs: Run, small_image: SmallImage, mountpoint: Path, copied_by: str) -> None:
+    ovlfs("mount", small_image(), mountpoint)
+    daemon, copy = listed(ovlfs, mountpoint)["pid"], mountpoint.parent / "copy"
+    copy.mkdir()
+    command = ["unshare", "--mount", "--propagation", "private", "sleep", "100"]
+    if copied_by == "bind":
+        subprocess.run(["mount", "--bind", mountpoint, copy], check=True)
+        command = ["sleep", "100"]
+    impatient = "import sys; from ovlfs.cli import main, umount; umount._PATIENCE_SECONDS = 0.2; sys.exit(main.main())"
+    with subprocess.Popen(command) as holder:
+        comm = Path(f"/proc/{holder.pid}/comm")
+        processes.wait_until(lambda: comm.read_text() == "sleep\n", "it sleeps in its own mount namespace")
+        with subprocess.Popen(
+            [sys.executable, "-c", impatient, "umount", mountpoint], stderr=subprocess.PIPE, text=True
+        ) as umount:
+            assert umount.stderr is not None
+            said = umount.stderr.readline()
+            assert umount.poll() is None
+            if copied_by == "bind":
+                subprocess.run(["umount", copy], check=True)
+            holder.kill()
+            assert umount.wait(20) == 0
+            assert umount.stderr.read() == ""
+    where = f"process {holder.pid} (sleep) in its mount namespace, on {mountpoint}"
+    assert said == (
+        f"ovlfs: {mountpoint}: is unmounted here; waiting for its daemon, process {daemon}, since it is still mounted "
+        f"elsewhere: {where if copied_by == 'unshare' else f'on {copy}'}\n"
+    )
+
+
 def test_umount_of_something_else_is_refused(ovlfs: Run, mountpoint: Path) -> None:
     assert "is not mounted" in ovlfs("umount", mountpoint, code=1).stderr
     assert "is not a mount of ovlfs, but proc" in ovlfs("umount", "/proc", code=1).stderr
