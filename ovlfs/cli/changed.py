@@ -94,10 +94,13 @@ def find(typed: bytes, image: str | None = None) -> Place:
             raise MountError(f"{where}: is mounted read-only, without an upperdir, so nothing was changed")
         return _place(os.fsencode(here.record.upper), here, image)
     if not os.path.isdir(typed):
+        mounting.refuse_inside(typed)
         raise MountError(f"{where}: is neither a mount of ovlfs nor an upperdir")
     for mounted in mounts:
         if mounted.record is not None and mounted.record.upper is not None and _is_same(mounted.record.upper, typed):
             return _place(os.path.abspath(typed), mounted, image)
+    if image is None and uppers.note_of(typed) is None:
+        mounting.refuse_inside(typed)
     return _place(os.path.abspath(typed), None, image)
 
 

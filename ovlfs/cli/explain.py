@@ -59,8 +59,13 @@ def _of_image(args: argparse.Namespace) -> dict[str, Any]:
     from ovlfs.cli.progress import Progress  # noqa: PLC0415
     from ovlfs.explain.explain import explain  # noqa: PLC0415
     from ovlfs.explain.image import opened  # noqa: PLC0415
+    from ovlfs.fuse import mounting  # noqa: PLC0415
+    from ovlfs.image.form import Form, recognise  # noqa: PLC0415
     from ovlfs.image.reference import parse_reference  # noqa: PLC0415
+    from ovlfs.image.store import Store  # noqa: PLC0415
 
+    if os.path.isdir(args.what) and recognise(args.what, Store).form is Form.DIRECTORY:
+        mounting.refuse_inside(args.what, args.path)  # any directory could be meant as an image, but this one is not
     with Progress(sys.stderr if sys.stderr.isatty() else None) as progress:
         with opened(parse_reference(args.what), args.platform, progress) as stack:
             progress.close()

@@ -26,6 +26,7 @@ def find(path: bytes) -> mounting.Mounted:
     mountpoint = mounting.resolve_mountpoint(path)
     found = next((one for one in reversed(mounting.mounts()) if one.entry.mountpoint == mountpoint), None)
     if found is None:
+        mounting.refuse_inside(path)
         raise MountError(f"{printable(path)}: no ovlfs is mounted there")
     if found.record is None:
         raise MountError(f"{printable(path)}: its daemon is not known here; another user may have mounted it")

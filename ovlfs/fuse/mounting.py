@@ -378,6 +378,27 @@ def mounts() -> list[Mounted]:
     ]
 
 
+def refuse_inside(path: bytes, name: bytes | None = None) -> None:
+    """Raise MountError where `path` is not a mountpoint, but lies in a mount whose daemon is known here.
+
+    Args:
+        path: given for a mount.
+        name: given beside it, from the root of the mount; None: nothing is.
+    """
+    at = resolve_mountpoint(path)
+    around = [one for one in mount_table() if (at + b"/").startswith(one.mountpoint.rstrip(b"/") + b"/")]
+    nearest = max(reversed(around), key=lambda one: len(one.mountpoint), default=None)
+    known = {mounted.entry for mounted in mounts() if mounted.record is not None}
+    if nearest is None or nearest not in known or nearest.mountpoint == at:
+        return
+    say = nearest.mountpoint
+    if name is not None:
+        say += b" " + os.path.join(b"/", os.path.relpath(at, nearest.mountpoint), name.lstrip(b"/"))
+    raise MountError(
+        f"{printable(path)}: lies in the mount of ovlfs on {printable(nearest.mountpoint)}; say `{printable(say)}`"
+    )
+
+
 def kernel_overlay_of(upperdir: bytes) -> bytes | None:
     """Where the kernel's overlayfs has `upperdir` mounted in this namespace; None: nowhere."""
     for entry in mount_table():

@@ -418,3 +418,35 @@ def test_random_stacks_are_explained_as_they_are_mounted(
         assert_all_agree(mountpoint, {*paths_of(*lowers), *(path for content in contents for path in content)})
     finally:
         ovlfs("umount", mountpoint)
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_a_path_in_a_mount_is_not_taken_for_another_thing(scratch: Path, mounted: Mount, ovlfs: Run) -> None:
+    lower = scratch / "lower"
+    write(lower, etc__passwd="root")
+    mountpoint = mounted("-o", options([lower], scratch))
+    (scratch / "link").symlink_to(mountpoint / "etc")
+    lies = f"lies in the mount of ovlfs on {mountpoint}; say `{mountpoint}"
+
+    for typed in (mountpoint / "etc", scratch / "link"):
+        for path in ("passwd", "/passwd"):
+            assert ovlfs("explain", typed, path, code=1).stderr == f"ovlfs: {typed}: {lies} /etc/passwd`\n"
+        for words in (["stats"], ["trace"], ["diff"], ["commit"], ["fsck"]):
+            out = [scratch / "out.tar"] if words == ["commit"] else []
+            assert ovlfs(*words, typed, *out, code=1).stderr == f"ovlfs: {typed}: {lies}`\n"
+    assert f"{lies}`" in ovlfs("diff", mountpoint / "etc/passwd", code=1).stderr
+
+
+def test_an_image_or_an_upperdir_in_a_mount_is_one(
+    scratch: Path, mounted: Mount, ovlfs: Run, layered_image: Path
+) -> None:
+    mountpoint = mounted("-o", options(directories(scratch, "lower"), scratch))
+    shutil.copy(layered_image, mountpoint)
+    inner = mounted("--upper", mountpoint / "up", layered_image)
+    (inner / "new").touch()
+    ovlfs("umount", inner)
+
+    assert "/etc/hosts is a regular file" in ovlfs("explain", mountpoint / layered_image.name, "/etc/hosts").stdout
+    assert ovlfs("diff", mountpoint / "up").stdout == "A /new\n"
