@@ -21,9 +21,11 @@ upperdir), `layers` says what they are called.  Its keys are stable; there may b
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ovlfs.cli.main import Parser
@@ -46,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
     from ovlfs.explain.text import text  # noqa: PLC0415
     from ovlfs.fuse import client, mounting  # noqa: PLC0415
 
+    show: Callable[[dict[str, Any]], str] = functools.partial(json.dumps, indent=2) if args.json else text
     mountpoint = mounting.find_mount(args.what)
     if mountpoint is not None and mountpoint.fstype == mounting.FSTYPE:
-        facts: dict[str, Any] = client.ask(client.find(args.what), "explain", path=os.fsdecode(args.path))
+        mounted = client.find(args.what)
+        with client.understanding(mounted):
+            shown = show(client.ask(mounted, "explain", path=os.fsdecode(args.path)))
     else:
-        facts = _of_image(args)
-    print(json.dumps(facts, indent=2) if args.json else text(facts))
+        shown = show(_of_image(args))
+    print(shown)
     return 0
 
 

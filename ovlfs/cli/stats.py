@@ -48,40 +48,38 @@ def run(args: argparse.Namespace) -> int:
     mounted = client.find(args.mount)
     record = mounted.record
     assert record is not None
-    numbers = {
-        "mountpoint": record.mountpoint,
-        "source": record.source,
-        "pid": record.pid,
-        "since": record.since,
-    } | client.ask(mounted, "stats")
-    if args.json:
-        print(json.dumps(numbers, indent=2))
-    else:
-        _show(numbers)
+    about = {"mountpoint": record.mountpoint, "source": record.source, "pid": record.pid, "since": record.since}
+    with client.understanding(mounted):
+        numbers = about | client.ask(mounted, "stats")
+        shown = json.dumps(numbers, indent=2) if args.json else _text(numbers)
+    print(shown)
     return 0
 
 
-def _show(stats: dict[str, Any]) -> None:
-    print(f"{printable(stats['source'])} on {printable(stats['mountpoint'])}, pid {stats['pid']}")
-    print(f"{'request':<16} {'all':>9} {'lane':>9} {'Python':>9}   {'lane p50/p99 us':>17} {'Python p50/p99 us':>19}")
+def _text(stats: dict[str, Any]) -> str:
+    lines = [
+        f"{printable(stats['source'])} on {printable(stats['mountpoint'])}, pid {stats['pid']}",
+        f"{'request':<16} {'all':>9} {'lane':>9} {'Python':>9}   {'lane p50/p99 us':>17} {'Python p50/p99 us':>19}",
+    ]
     everything = ("all", stats["requests"])
     for name, one in [*sorted(stats["operations"].items(), key=lambda item: -item[1]["requests"]), everything]:
         python = one["extra"] + one["forwarded"]
-        print(
+        lines.append(
             f"{name:<16} {one['requests']:>9} {one['native']:>9} {python:>9}   "
             f"{_pair(one.get('native_us')):>17} {_pair(one.get('python_us')):>19}".rstrip()
         )
     caches, memory = stats["caches"], stats["memory"]
-    print(
+    decisions = ", ".join(f"{count} x {what}" for what, count in stats["decisions"].items())
+    lines.append(
         f"caches   {caches['inodes']} inodes, {caches['merged_directories']} merged directories with "
         f"{caches['names']} names, {caches['open_files']} open files"
     )
-    print(
+    lines.append(
         f"memory   {memory['resident_bytes'] / 2**20:.1f} MiB resident, {memory['peak_bytes'] / 2**20:.1f} MiB at most"
     )
-    decisions = ", ".join(f"{count} x {what}" for what, count in stats["decisions"].items())
-    print(f"decided  {decisions or 'nothing so far'}")
-    print(f"copied   {stats['copied_up_bytes']} bytes up")
+    lines.append(f"decided  {decisions or 'nothing so far'}")
+    lines.append(f"copied   {stats['copied_up_bytes']} bytes up")
+    return "\n".join(lines)
 
 
 def _pair(percentiles: dict[str, float] | None) -> str:

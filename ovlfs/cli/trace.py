@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> int:
     mounted = client.find(args.mount)
     with client.connected(mounted, "trace", operations=operations, paths=paths) as messages:
         for message in messages:
-            for event in message.get("events", ()):
-                print(json.dumps(event) if args.json else _line(event))
+            with client.understanding(mounted):
+                lines = [json.dumps(event) if args.json else _line(event) for event in message.get("events", ())]
+            for line in lines:
+                print(line)
             if lost := message.get("dropped"):
                 print(json.dumps({"dropped": lost}) if args.json else f"... {lost} lines were lost: too many, too fast")
             print(end="", flush=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ovlfs import __version__
 from ovlfs.errors import MountError, printable
 from ovlfs.fuse import mounting
 
@@ -62,6 +63,19 @@ def connected(mounted: mounting.Mounted, verb: str, **arguments: Any) -> Iterato
         except OSError as error:
             raise MountError(f"{_name(mounted)}: its daemon cannot be asked: {error.strerror}") from error
         yield _lines(sock, mounted)
+
+
+@contextmanager
+def understanding(mounted: mounting.Mounted) -> Iterator[None]:
+    """Raise MountError where the block fails on what the daemon said: another version of ovlfs says other things."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else "a value is of another kind"
+        raise MountError(
+            f"{_name(mounted)}: its daemon seems to be another version of ovlfs than this one ({__version__}): "
+            f"in its answer {what}"
+        ) from error
 
 
 def _connect(sock: socket.socket, path: bytes) -> None:

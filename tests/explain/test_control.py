@@ -13,7 +13,9 @@ import pytest
 from helpers_explain import Run, explained
 from processes import kill, wait_until
 
+from ovlfs.cli.main import main
 from ovlfs.errors import MountError
+from ovlfs.fuse import client as asking
 from ovlfs.fuse.client import find
 
 pytestmark = pytest.mark.fuse
@@ -142,6 +144,39 @@ def test_a_client_that_goes_away_is_forgotten(mountpoint: Path) -> None:
             sock.sendall(b'{"verb": "trace"}\n')
             assert sock.recv(100)
     wait_until(lambda: explained(mountpoint, "/file")["error"] is None, "the mount answers")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "missing"),
+    [
+        (["explain", "/file"], {"ok": {"path": "/file"}}, "'layers' is missing"),
+        (["explain", "/file"], {"ok": {"layers": 3}}, "a value is of another kind"),
+        (["explain", "/file"], {"ok": [1]}, "a value is of another kind"),
+        (["stats"], {"ok": {"lane": True}}, "'requests' is missing"),
+        (["stats", "--json"], {"ok": "none"}, "a value is of another kind"),
+        (["trace"], {"events": [{"at": 1.0, "us": None}]}, "'path' is missing"),
+        (["trace"], {"events": [{"at": 1e300}]}, "a value is of another kind"),
+    ],
+)
+def test_a_daemon_of_another_version_is_named_as_one(
+    words: list[str],
+    message: dict[str, Any],
+    missing: str,
+    mountpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(asking, "_lines", lambda *_: iter([message]))
+    verb, *more = words
+    with monkeypatch.context() as context:
+        context.setattr("signal.signal", lambda *_: None)  # a verb that prints ends by SIGPIPE, and we shall not
+        assert main([verb, str(mountpoint), *more]) == 1
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"ovlfs: {mountpoint}: its daemon seems to be another version of ovlfs")
+    assert said.err.endswith(f": in its answer {missing}\n")
+    assert said.err.count("\n") == 1
 
 
 def test_unmounting_ends_the_clients(mountpoint: Path, ovlfs: Run) -> None:
