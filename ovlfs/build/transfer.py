@@ -23,10 +23,10 @@ from ovlfs.build.words import WordError
 from ovlfs.errors import ImageError, printable
 from ovlfs.image.store import Store
 from ovlfs.overlay.stack import Stack
+from ovlfs.run.user import MAX_ID
 
 MAX_SOURCES = 1 << 16
 _MAX_ACCOUNTS = 4 << 20
-_MAX_ID = 2**31 - 1
 _REMOTE = re.compile(r"(?:https?|git|ssh|ftp|oci|docker)://|git@|github\.com/", re.IGNORECASE)
 
 
@@ -164,8 +164,8 @@ def _identity(text: str, path: bytes, target: Stack, what: str) -> int:
         number = next((line[2] for line in _lines(target, path) if line[0] == text), "")
         if not number:
             raise WordError(f"--chown: {what} '{printable(text[:100])}' is not in /{path.decode()} of the image")
-    if not (number.isascii() and number.isdigit() and len(number) <= 10 and int(number) <= _MAX_ID):
-        raise WordError(f"--chown: '{printable(number[:40])}' is no id (0 to {_MAX_ID})")
+    if not (number.isascii() and number.isdigit() and len(number) <= 10 and int(number) <= MAX_ID):
+        raise WordError(f"--chown: '{printable(number[:40])}' is no id (0 to {MAX_ID})")
     return int(number)
 
 

@@ -122,7 +122,7 @@ def enter() -> Mapping:
     if mapped:
         note = f"rootless: uid {uid} is root here, and {(found.uids or 1) - 1} more ids come from /etc/subuid"
     else:
-        note = f"rootless: uid {uid} is root here, and there are no other users ({_why_single(uid, gid)})"
+        note = f"rootless: uid {uid} is root here, and there are no other users ({_why_single(uid)})"
     return Mapping(found.user_namespace, found.uids, found.gids, note)
 
 
@@ -230,8 +230,7 @@ def lent(kind: str, uid: int) -> IdRange | None:
     return None
 
 
-def _why_single(uid: int, gid: int) -> str:
-    del gid
+def _why_single(uid: int) -> str:
     missing = [name for name in _HELPERS if shutil.which(name) is None]
     if missing:
         return f"{missing[0]} is missing; Debian: apt-get install uidmap"

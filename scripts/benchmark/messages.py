@@ -21,15 +21,7 @@ from pathlib import Path
 
 from benchmark import peers
 from benchmark.compare import chosen_peers
-
-_WORDS = """
-- LOOKUP FORGET GETATTR SETATTR READLINK SYMLINK - MKNOD MKDIR UNLINK RMDIR RENAME LINK OPEN READ WRITE STATFS RELEASE
-- FSYNC SETXATTR GETXATTR LISTXATTR REMOVEXATTR FLUSH INIT OPENDIR READDIR RELEASEDIR FSYNCDIR GETLK SETLK SETLKW
-ACCESS CREATE INTERRUPT BMAP DESTROY IOCTL POLL NOTIFY_REPLY BATCH_FORGET FALLOCATE READDIRPLUS RENAME2 LSEEK
-COPY_FILE_RANGE SETUPMAPPING REMOVEMAPPING SYNCFS TMPFILE STATX COPY_FILE_RANGE_64
-"""
-OPCODES = dict(enumerate(_WORDS.split()))
-"""include/uapi/linux/fuse.h: enum fuse_opcode."""
+from ovlfs.fuse.opcodes import name_of
 
 NOT_WAITED_FOR = frozenset({"FORGET", "BATCH_FORGET", "RELEASE", "RELEASEDIR", "INTERRUPT", "NOTIFY_REPLY"})
 NEVER = frozenset({"FLUSH", "GETXATTR", "OPENDIR", "RELEASEDIR", "ACCESS"})
@@ -89,7 +81,7 @@ def _kernel_counter(tracing: Path) -> CountAt:
             def count() -> Counter[str]:
                 lines = (instance / "trace").read_text(encoding="ascii").splitlines()
                 opcodes = [line.partition(" opcode ")[2].split() for line in lines if " opcode " in line]
-                return Counter(OPCODES.get(int(words[0]), words[0]) for words in opcodes)
+                return Counter(name_of(int(words[0])) for words in opcodes)
 
             yield count
         finally:
