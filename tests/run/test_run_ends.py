@@ -25,6 +25,14 @@ pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 Ovlfs = Callable[..., "subprocess.CompletedProcess[str]"]
 FOREVER = "echo ready; while true; do sleep 0.05; done"
+PATIENT = """
+import sys
+from ovlfs.cli.main import main
+from ovlfs.run import supervise
+supervise.GRACE_SECONDS = 3600
+sys.exit(main())
+"""
+"""The program `ovlfs`, which after the first SIGTERM waits for longer than any test."""
 
 
 @pytest.fixture(params=ENGINES)
@@ -38,10 +46,18 @@ def image(scratch: Path) -> Path:
 
 
 @contextlib.contextmanager
-def running(engine: str, scratch: Path, image: Path, script: str, *words: str) -> "Iterator[subprocess.Popen[str]]":
+def running(
+    engine: str,
+    scratch: Path,
+    image: Path,
+    script: str,
+    *words: str,
+    program: tuple[str, str] = ("-m", "ovlfs.cli.main"),
+) -> "Iterator[subprocess.Popen[str]]":
     """`ovlfs run` of a shell script, which has said "ready"; at the end nothing is left."""
+    python, _, _, *arguments = command_line(engine, *words, image, "--", "sh", "-c", script)
     with subprocess.Popen(
-        command_line(engine, *words, image, "--", "sh", "-c", script),
+        [python, *program, *arguments],
         env=engine_environment(engine, scratch),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -94,7 +110,7 @@ def test_sigterm_sends_the_stop_signal(engine: str, scratch: Path, image: Path) 
 
 def test_second_sigterm_kills(engine: str, scratch: Path, image: Path) -> None:
     """Process 1 of a namespace is not stopped by a signal that it does not handle."""
-    with running(engine, scratch, image, FOREVER) as run:
+    with running(engine, scratch, image, FOREVER, program=("-c", PATIENT)) as run:
         run.send_signal(signal.SIGTERM)
         time.sleep(0.3)  # two of the same signal at once are one
         assert run.poll() is None
