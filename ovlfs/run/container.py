@@ -74,9 +74,9 @@ def prepare(
     resolved = process.resolve(
         config, overrides, rootfd, hostname=hostname, mounted=tuple(one.destination for one in wanted)
     )
-    _check_mapped(resolved, mapping)
     stubs: list[inside.Stub] = []
     try:
+        _check_mapped(resolved, mapping)
         for path in _SYSTEM:
             place = inside.find(rootfd, path, make="directory")
             stubs += place.stubs
@@ -90,7 +90,7 @@ def prepare(
             _check_place(bind.destination, bool(place.path) and not in_system, "nothing can be mounted there")
             binds.append(replace(bind, destination=place.absolute))
     except BaseException:
-        inside.remove_stubs(rootfd, tuple(stubs))
+        inside.remove_stubs(rootfd, (*resolved.made, *stubs))
         raise
     container = Container(resolved, hostname, settings.host_network, settings.read_only, tuple(binds))
     return Prepared(container, tuple(stubs))
@@ -187,9 +187,12 @@ def run_in(
         rootfd = inside.open_root(rootfs)
         stack.callback(os.close, rootfd)
         prepared = prepare(config, overrides, settings or Settings(), rootfd, state, mapping)
+        unused = stack.enter_context(contextlib.ExitStack())
+        unused.callback(inside.remove_stubs, rootfd, prepared.container.process.made)
         stack.callback(inside.remove_stubs, rootfd, prepared.stubs)
         runner = make_runner(rootfs, prepared.container, state, mapping, chroot=chroot)
         stack.callback(runner.remove)
+        unused.pop_all()  # from here on the command may have been in its directory
         return supervised(runner, prepared.container.process, server)
 
 

@@ -45,7 +45,11 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What shall be executed, ready for execve(2) inside the root."""
+    """What shall be executed, ready for execve(2) inside the root.
+
+    Attributes:
+        made: the directories that had to be made for `cwd`; they stay once the command has run.
+    """
 
     argv: tuple[str, ...]
     env: tuple[str, ...]
@@ -53,6 +57,7 @@ class Process:
     user: User
     tty: bool = False
     stop_signal: int = signal.SIGTERM
+    made: tuple[inside.Stub, ...] = ()
 
 
 def check_platform(config: Config, where: str) -> None:
@@ -81,7 +86,7 @@ def resolve(
         mounted: paths where something will be mounted: a WorkingDir below them is not made.
 
     Raises:
-        ImageError: naming what in the config, or in the root, makes no sense.
+        ImageError: naming what in the config, or in the root, makes no sense; nothing is left in the root.
         UsageError: there is nothing to run.
     """
     argv = _argv(config, overrides)
@@ -91,8 +96,9 @@ def resolve(
         for word in words:
             if "\0" in word:
                 raise ImageError(f"{what} '{printable(word[:100])}': holds a NUL byte")
+    stop_signal = parse_signal(config.stop_signal or "SIGTERM")
     cwd = _cwd((overrides.cwd or config.working_dir) or "/", rootfd, mounted)
-    return Process(argv, env, cwd, user, overrides.tty, parse_signal(config.stop_signal or "SIGTERM"))
+    return Process(argv, env, cwd.absolute, user, overrides.tty, stop_signal, cwd.stubs)
 
 
 def _argv(config: Config, overrides: Overrides) -> tuple[str, ...]:
@@ -126,7 +132,7 @@ def environment(process: Process) -> Mapping[str, str]:
     return dict(one.split("=", 1) for one in process.env)
 
 
-def _cwd(text: str, rootfd: int, mounted: tuple[bytes, ...]) -> bytes:
+def _cwd(text: str, rootfd: int, mounted: tuple[bytes, ...]) -> inside.Place:
     path = b"/" + text.encode("utf-8", "surrogateescape")
     lexical = inside.lexical(path)
     if any(inside.is_below(lexical, inside.lexical(one)) for one in mounted):
@@ -136,7 +142,7 @@ def _cwd(text: str, rootfd: int, mounted: tuple[bytes, ...]) -> bytes:
     if place.path.split(b"/")[0] == b"proc":
         inside.remove_stubs(rootfd, place.stubs)
         raise ImageError(f"the working directory {printable(text)} leads into /proc, which is not allowed")
-    return place.absolute
+    return place
 
 
 def parse_signal(text: str) -> int:

@@ -282,6 +282,21 @@ def test_what_makes_no_sense_is_one_line_and_125(go: Go, image: Path, words: tup
     assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
+@pytest.mark.parametrize(("config", "words"), [({}, ("-v", "/etc:/proc/x")), ({"StopSignal": "NONSENSE"}, ())])
+def test_no_working_directory_is_left_where_no_command_was_run(
+    go: Go, scratch: Path, config: dict[str, str], words: tuple[str, ...]
+) -> None:
+    image = make_image(scratch / "it.tar", {"Cmd": ["true"], "WorkingDir": "/made/here"} | config)
+    go("--upper", "up", *words, image, code=125)
+    assert not (scratch / "up/made").exists()
+
+
+def test_a_working_directory_that_was_there_stays(go: Go, image: Path, scratch: Path) -> None:
+    go("--upper", "up", "-w", "/made", image, "--", "true")
+    go("--upper", "up", "-w", "/made/here", "-v", "/etc:/proc/x", image, "--", "true", code=125)
+    assert os.listdir(scratch / "up/made") == []
+
+
 def test_hostile_roots(go: Go, scratch: Path) -> None:
     """/proc, /etc/hosts and /etc/resolv.conf that lead elsewhere: refused, or inside, and the host's are untouched."""
     before = Path("/etc/hosts").read_bytes()
@@ -300,14 +315,16 @@ def test_hostile_roots(go: Go, scratch: Path) -> None:
 def test_no_runtime(image: Path, scratch: Path) -> None:
     """One line says what to install."""
     hide = "for name in /usr/sbin/runc /sbin/runc; do test ! -e $name || mount --bind /dev/null $name; done"
+    words = command_line("crun", "--upper", scratch / "up", "-w", "/made/here", image)
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", hide + '; exec "$@"', "sh", *command_line("crun", image)],
+        ["unshare", "-m", "sh", "-c", hide + '; exec "$@"', "sh", *words],
         env=engine_environment("chroot", scratch),
         capture_output=True,
         text=True,
     )
     assert result.returncode == 125
     assert "no OCI runtime" in result.stderr
+    assert not (scratch / "up/made").exists()
     nothing_is_left(scratch, Path(os.environ["OVLFS_STORE"]))
 
 
