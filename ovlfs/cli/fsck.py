@@ -59,8 +59,12 @@ def run(args: argparse.Namespace) -> int:
                 if finding.repair is None:
                     left += 1
                 elif args.repair:
-                    finding.repair()
-                    end = f"; {finding.remedy}"
+                    try:
+                        finding.repair()
+                        end = f"; {finding.remedy}"
+                    except OSError as error:  # the others are none the worse for it
+                        left += 1
+                        end = f"; could not be {finding.remedy}: {error.strerror}"
                 else:
                     left += 1
                     end = f"; would be {finding.remedy} (--repair)"

@@ -216,6 +216,23 @@ def test_all_at_once_in_order(ovlfs: Run, upper: Path) -> None:
     assert findings(ovlfs, upper) == [("upper/dir/.wh.b", "wh-name", "")]
 
 
+def test_a_repair_that_fails_does_not_keep_the_others(ovlfs: Run, upper: Path) -> None:
+    work = Path(f"{upper}.work/work")
+    for name in ("#1", "#2", "#3"):
+        (work / name).mkdir()
+    whiteout(upper / "nothing")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", work / "#2"], check=True)
+    try:
+        found = findings(ovlfs, upper, "--repair")
+    finally:
+        subprocess.run(["umount", work / "#2"], check=True)
+    (failed,) = [one for one in found if one[2] != "removed"]
+    assert failed[:2] == ("upper.work/work/#2", "stale-temp")
+    assert failed[2].startswith("could not be removed: ")
+    assert [path for path, _, _ in found] == [*(f"upper.work/work/#{number}" for number in (1, 2, 3)), "upper/nothing"]
+    assert findings(ovlfs, upper, "--repair", code=0) == [("upper.work/work/#2", "stale-temp", "removed")]
+
+
 def test_names_are_shown_on_one_line(ovlfs: Run, upper: Path) -> None:
     whiteout(upper / "a\nb")
     out = ovlfs("fsck", upper, "--image", upper.parent / "lower", code=1).stdout
