@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from ovlfs.cli.ending import end_in_order
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from ovlfs.build.dockerfile import Dockerfile
     from ovlfs.build.ignore import Ignore
     from ovlfs.image.commit import Output
+    from ovlfs.image.store import Store
 
 _DESCRIPTION = """\
 Builds an image from a Dockerfile and a directory of files (the context).  RUN steps run on a mount of the layers so
@@ -23,6 +26,7 @@ is kept in the store, and used again as long as nothing that it depends on has c
   ovlfs build -t app.tar:app:1.0 .                 writes app.tar, for docker load, skopeo and ovlfs
   ovlfs build -t layout/:v1 -f docker/Dockerfile . writes (into) an OCI layout
   ovlfs build --build-arg BASE=base.tar --target test -q .
+  ovlfs build --prune 7                            forgets what no build has used for seven days
 
 FROM takes `scratch`, an earlier stage, or an image in a file or a layout: PATH[:TAG], relative to the context.
 """
@@ -32,28 +36,58 @@ def parser() -> Parser:
     """The command line."""
     found = Parser("ovlfs build", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
-    add("context", metavar="CONTEXT", type=os.fsencode, help="a directory")
+    add("context", metavar="CONTEXT", type=os.fsencode, nargs="?", help="a directory")
     add("-t", "--tag", metavar="OUT[:TAG]", type=os.fsencode, help="write the image here, and call it TAG")
     add("-f", "--file", metavar="FILE", help="the Dockerfile (default: CONTEXT/Dockerfile; -: stdin)")
     add("--build-arg", metavar="NAME[=VALUE]", action="append", default=[], help="the value of an ARG")
     add("--target", metavar="STAGE", help="build up to this stage")
     add("--platform", metavar="OS/ARCH", default="", help="which of a base image's platforms")
     add("--no-cache", action="store_true", help="do every step")
+    add(
+        "--prune",
+        metavar="DAYS",
+        nargs="?",
+        const="0",
+        help="build nothing; forget the steps that no build has used for DAYS days (all, if it is not said), and "
+        "their layers",
+    )
     add("--chroot", action="store_true", help="RUN by chroot(2) instead of a runtime: no isolation at all")
     add("-q", "--quiet", action="store_true", help="print nothing but the image's id")
     return found
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build."""
+    """Build, or prune."""
+    from ovlfs.build.cache import Cache  # noqa: PLC0415
     from ovlfs.image.commit import parse_output  # noqa: PLC0415
+    from ovlfs.image.store import Store  # noqa: PLC0415
 
+    if args.prune is not None:
+        _prune(args)
+        return 0
+    if args.context is None:
+        raise UsageError("build: a CONTEXT should be given (see `ovlfs build --help`)")
     output = None if args.tag is None else parse_output(args.tag)
     request = _request(args, None if output is None else output.path)
     end_in_order()
-    built = _build(request, quiet=args.quiet)
-    _write(built, output, quiet=args.quiet)
+    store = Store()
+    with Cache(store).in_use():
+        built = _build(request, store, quiet=args.quiet)
+        _write(built, output, quiet=args.quiet)
     return 0
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from ovlfs.build.cache import Cache  # noqa: PLC0415
+    from ovlfs.image.store import Store  # noqa: PLC0415
+
+    if args.context is not None:
+        raise UsageError("build: --prune builds nothing, so no CONTEXT goes with it")
+    if not re.fullmatch(r"[0-9]{1,5}", args.prune):
+        raise UsageError(f"--prune should be followed by a number of days, not by '{printable(args.prune[:40])}'")
+    unused_since = time.time() - int(args.prune) * 86400
+    pruned = Cache(Store()).prune(unused_since, lambda: _tell("waiting for a build to end"))
+    print(f"pruned steps: {pruned.steps}, layers: {pruned.layers}, bytes: {pruned.size}")
 
 
 def _tell(line: str) -> None:
@@ -128,13 +162,11 @@ def _read(path: bytes, limit: int) -> bytes | None:
     return raw
 
 
-def _build(request: "Request", *, quiet: bool) -> "Built":
+def _build(request: "Request", store: "Store", *, quiet: bool) -> "Built":
     from ovlfs.build.builder import Builder  # noqa: PLC0415
     from ovlfs.build.workshop import Workshop  # noqa: PLC0415
     from ovlfs.cli import uppers  # noqa: PLC0415
-    from ovlfs.image.store import Store  # noqa: PLC0415
 
-    store = Store()
     with uppers.temporary(os.path.join(store.path, b"builds")) as place:
         return Builder(request, Workshop(store, place), (lambda _: None) if quiet else _tell).build()
 

@@ -15,12 +15,13 @@ when it is complete and on disk (temp, fsync, rename; no fsync where a reader ca
 writer holds its flock, so a temp without a holder is what a crash left, and goes at the next start.  Losing the store
 loses time only.
 
-Lock order: a blob's lock (`lock`) before a temp's; nobody holds two blob locks.
+Lock order: `build` (build/cache.py) before a blob's lock (`lock`) before a temp's; nobody holds two blob locks.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import mmap
 import os
@@ -198,6 +199,17 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._full(name))
 
+    def remove_layer(self, diff_id: str) -> int:
+        """Forget a decompressed layer and its indexes; how many bytes they had.  Who has them open keeps them."""
+        indexes = glob.glob(self._blob_name(b"index/*/*", diff_id, b".idx"), root_dir=self.path)
+        removed = 0
+        for name in (*indexes, self.layer_name(diff_id)):
+            with contextlib.suppress(FileNotFoundError):
+                size = os.stat(self._full(name)).st_size
+                os.unlink(self._full(name))
+                removed += size
+        return removed
+
     def _sweep(self) -> None:
         """Remove the temps whose writers are gone."""
         for name in os.listdir(self._full(b"tmp")):
@@ -215,11 +227,13 @@ class Store:
                 os.close(fd)
 
     @contextlib.contextmanager
-    def lock(self, what: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    def lock(self, what: str, waiting: Callable[[], None] | None = None, *, shared: bool = False) -> Iterator[None]:
         """Hold the lock of one blob or file, so that of several mounts one does the work and the others use it.
 
-        `what` is a checked digest, or made of numbers.  `waiting` is called once if somebody else holds the lock.
+        `what` is a checked digest, made of numbers, or a word of ours.  `waiting` is called once if somebody else holds
+        the lock.  `shared`: others who want it so may hold it, too.
         """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         name = b"locks/" + what.replace(":", "-").encode()
         try:
             fd = os.open(self._full(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -227,11 +241,11 @@ class Store:
             raise self._error(f"{shown(name)} cannot be opened", error) from error
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if waiting is not None:
                     waiting()
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                fcntl.flock(fd, kind)
             yield
         finally:
             os.close(fd)

@@ -1,15 +1,20 @@
 """RUN, stages, the cache, and what a build prints and writes."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers_build import Builds, Ovlfs, fill, history, rootfs, run_config
+
+from ovlfs.build.cache import Cache
+from ovlfs.image.store import Store
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -178,6 +183,80 @@ def test_builds_at_the_same_time_share_the_store(builds: Builds) -> None:
     ]
     assert [(len(build.communicate()[0]), build.returncode) for build in running] == [(len("sha256:") + 65, 0)] * 3
     assert all(cached(builds.run(BASE + "RUN echo x > /x\nCMD y\n"))[1:])
+
+
+def kept(what: str) -> list[Path]:
+    """Files of the store."""
+    return [path for path in (Path(os.environ["OVLFS_STORE"]) / what).rglob("*") if path.is_file()]
+
+
+def test_pruning_removes_what_no_build_has_used_for_so_long(builds: Builds, ovlfs: Ovlfs) -> None:
+    shared, old, new = BASE + "RUN echo x > /x\n", "RUN echo old > /y\n", "RUN echo new > /y\n"
+    builds.run(shared + old)
+    assert ovlfs("build", "--prune", "1").stdout == "pruned steps: 0, layers: 0, bytes: 0\n"
+    for record in kept("build"):
+        os.utime(record, (0, 0))
+    builds.run(shared + new)
+    layers = {path: path.stat().st_size for path in kept("layers")}
+    indexes = sum(path.stat().st_size for path in kept("index"))
+    assert len(layers) == 4
+
+    said = ovlfs("build", "--prune", "1").stdout
+
+    (gone,) = layers.keys() - set(kept("layers"))
+    freed = layers[gone] + indexes - sum(path.stat().st_size for path in kept("index"))
+    assert said == f"pruned steps: 1, layers: 1, bytes: {freed}\n"
+    assert all(cached(builds.run(shared + new))[1:])
+    assert cached(builds.run(shared + old)) == [False, True, True, False]
+
+
+def test_pruning_everything_leaves_no_layer_of_a_build(builds: Builds, ovlfs: Ovlfs) -> None:
+    """Also none of a step that was done again, and came to something else."""
+    text = BASE + "RUN cat /proc/sys/kernel/random/uuid > /new\n"
+    builds.run(text)
+    builds.run(text, "--no-cache")
+    assert len(kept("layers")) == 3
+    assert ovlfs("build", "--prune").stdout.startswith("pruned steps: 3, layers: 3, bytes: ")
+    assert [*kept("layers"), *kept("build"), *kept("index")] == []
+    assert cached(builds.run(text)) == [False] * 3
+
+
+def test_pruning_leaves_the_layers_of_images(builds: Builds, ovlfs: Ovlfs, small_image: Callable[..., Path]) -> None:
+    image = small_image(compress=True)
+    ovlfs("ls", f"{image}:/")
+    of_the_image = kept("layers")
+    builds.run(f"FROM {image}\nCOPY rootfs.tar.xz /\n")
+    assert len(kept("layers")) == 2
+    ovlfs("build", "--prune")
+    assert kept("layers") == of_the_image
+
+
+def test_pruning_waits_for_builds(builds: Builds) -> None:
+    builds.run(BASE)
+    command = [sys.executable, "-m", "ovlfs.cli.main", "build", "--prune"]
+    with contextlib.ExitStack() as building:
+        cache = Cache(Store())
+        for _ in range(2):  # several builds at a time
+            building.enter_context(cache.in_use())
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pruning:
+            assert pruning.stderr is not None
+            assert pruning.stderr.readline() == "waiting for a build to end\n"
+            assert len(kept("build")) == 1
+            building.close()
+            assert pruning.communicate(timeout=20)[0].startswith("pruned steps: 1, layers: 1, bytes: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prune", "."], "a number of days"),
+        (["--prune", "-1"], "--prune"),
+        ([".", "--prune"], "CONTEXT"),
+        ([], "CONTEXT"),
+    ],
+)
+def test_pruning_builds_nothing(ovlfs: Ovlfs, words: list[str], said: str) -> None:
+    assert said in ovlfs("build", *words, code=2).stderr
 
 
 # ---- stages, bases, triggers -----------------------------------------------------------------------------------------
