@@ -10,23 +10,24 @@ scratch directory.
 import contextlib
 import fcntl
 import gzip
-import hashlib
-import io
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import archives
 import pytest
 
 from ovlfs.errors import MountError
 from ovlfs.fuse import mounting
+
+if TYPE_CHECKING:
+    from helpers_users import User
 
 ROOT = Path(__file__).parent.parent
 URING_SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
@@ -217,6 +218,15 @@ def mounted(ovlfs: Run, scratch: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
+def user(scratch: Path) -> Iterator["User"]:
+    """An unprivileged user, whose home and mounts are below scratch.  For rooms that have tests/fuse on their path."""
+    from helpers_users import User
+
+    with User.at(scratch) as found:
+        yield found
+
+
+@pytest.fixture
 def uring_switch() -> Iterator[Callable[[bool], None]]:
     """`uring_switch(True)`: the kernel offers FUSE over io_uring to mounts from now on, until the end of the test.
 
@@ -252,38 +262,10 @@ def small_image(scratch: Path) -> SmallImage:
         compress: bool = False,
         permissions: int | None = None,
     ) -> Path:
-        raw = [
-            _tar(layer, permissions)
-            for layer in layers or ({"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"},)
-        ]
-        diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in raw]
-        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-        names = [f"layer{number}.tar" for number in range(len(raw))]
-        manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": names}]
-        stored = [gzip.compress(layer, 1) for layer in raw] if compress else raw
-        members: dict[str, bytes | str | None] = {
-            "manifest.json": json.dumps(manifest).encode(),
-            "config.json": json.dumps(config).encode(),
-        }
-        path = scratch / name
-        path.write_bytes(_tar(members | dict(zip(names, stored, strict=True))))
-        return path
+        fields = {} if permissions is None else {"mode": permissions}
+        default = {"etc": None, "etc/hosts": b"localhost\n", "etc/motd": b"hello\n"}
+        raw = [archives.tar(layer, **fields) for layer in layers or (default,)]
+        stored = [gzip.compress(layer, 1) for layer in raw] if compress else None
+        return archives.docker_archive(scratch / name, raw, tag=tag, stored=stored)
 
     return build
-
-
-def _tar(members: dict[str, bytes | str | None], permissions: int | None = None) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.mtime, info.mode = 1_700_000_000, 0o644
-            if content is None:
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
-            elif isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-            else:
-                info.size = len(content)
-            info.mode = info.mode if permissions is None else permissions
-            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return stream.getvalue()

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ from ovlfs.cli.main import main
 from ovlfs.image.config import Config, parse_config
 from ovlfs.image.image import Image, open_image
 
-Content = bytes | str | None
-
 
 def rootfs() -> Path:
     """A small root file system with a shell: rootfs.tar.xz of the fixtures."""
     return images() / "rootfs.tar.xz"
 
 
-def fill(directory: Path, files: dict[str, Content]) -> Path:
+def fill(directory: Path, files: Mapping[str, bytes | str | None]) -> Path:
     """Write files: bytes are content, a str is a symlink's target, None a directory."""
     for name, content in files.items():
         path = directory / name
@@ -110,25 +108,6 @@ class Builds:
         """What the image of a build shows."""
         with self.mounted(self.image(dockerfile, *arguments)) as mountpoint:
             return look(bytes(mountpoint))
-
-
-def tar(members: dict[str, Content], **fields: Any) -> bytes:
-    """A tar; `fields` are set in every header."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as out:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.mode, info.mtime = 0o644, 1_600_000_000
-            if content is None:
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
-            elif isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-            else:
-                info.size = len(content)
-            for field, value in fields.items():
-                setattr(info, field, value)
-            out.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return stream.getvalue()
 
 
 def run_config(config: Config) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from helpers_build import Builds, Content, Ovlfs, fill, history, tar
+from archives import MTIME, Members, tar
+from helpers_build import Builds, Ovlfs, fill, history
 from helpers_tree import Tree
 
 pytestmark = [pytest.mark.fuse]
@@ -29,7 +30,7 @@ def base(builds: Builds) -> str:
     """A stage with users and symlinks to copy to."""
     passwd = "root:x:0:0::/:/bin/sh\nu:x:12:13::/:\n"
     group = "root:x:0:\nu:x:14:\ng:x:15:\n"
-    members: dict[str, Content] = {
+    members: Members = {
         "etc/passwd": passwd.encode(),
         "etc/group": group.encode(),
         "real/old": b"old",
@@ -232,7 +233,7 @@ def test_add_unpacks_a_tar(builds: Builds, base: str, kind: str) -> None:
     assert owners(tree, "d", "d/f", "s", "real/g") == [(5, 6)] * 4
     assert tree["link"]["type"] == "symlink"
     assert owners(tree, "new/x", "new/x/d", "new/x/link", "new/x/link/g") == [(0, 0), (5, 6), (0, 0), (5, 6)]
-    assert tree["d/f"]["mtime_ns"] == 1_600_000_000 * SECOND
+    assert tree["d/f"]["mtime_ns"] == MTIME * SECOND
     assert tree["copied"]["size"] == len(packed)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_build import Builds, Ovlfs, fill, rootfs, tar
+from archives import tar
+from helpers_build import Builds, Ovlfs, fill, rootfs
 from helpers_docker import Docker
 from helpers_tree import Tree, look
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import processes
 import pytest
-from helpers_build import Ovlfs, fill, rootfs, tar
+from archives import tar
+from helpers_build import Ovlfs, fill, rootfs
 from helpers_run import holders
 from helpers_tree import look
 from helpers_users import GID, UID, User
@@ -16,7 +17,6 @@ from ovlfs.image.image import open_image
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
-FIRST = 200000
 DOCKERFILE = """\
 FROM scratch AS one
 ADD rootfs.tar.xz owned.tar /
@@ -29,23 +29,16 @@ WORKDIR /w
 
 
 @pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as found:
-        context = found.directory("context")
-        fill(context, {"f": b"1", "rootfs.tar.xz": rootfs().read_bytes(), "Dockerfile": DOCKERFILE.encode()})
-        (context / "owned.tar").write_bytes(tar({"own/f": b"1", "own/l": "f"}, uid=7, gid=8))
-        yield found
-        store = found.home / ".local/share/ovlfs"
-        processes.wait_until(lambda: not holders(scratch) - {os.getpid()}, "all mounts and their processes are gone")
-        processes.wait_until(lambda: not os.listdir(store / "builds"), "nothing temporary is left in the store")
-        assert os.listdir(store / "tmp") == []
-
-
-def lend(user: User) -> None:
-    """/etc/subuid and /etc/subgid lend the user ids, in the user's namespace."""
-    line = f"{UID}:{FIRST}:65536"
-    script = 'echo "$1" > /mnt/lent && mount --bind /mnt/lent /etc/subuid && mount --bind /mnt/lent /etc/subgid'
-    user.run("sh", "-c", script, "sh", line, as_root=True)
+def user(user: User, scratch: Path) -> Iterator[User]:
+    """With a context to build in; at the end nothing is left."""
+    context = user.directory("context")
+    fill(context, {"f": b"1", "rootfs.tar.xz": rootfs().read_bytes(), "Dockerfile": DOCKERFILE.encode()})
+    (context / "owned.tar").write_bytes(tar({"own/f": b"1", "own/l": "f"}, uid=7, gid=8))
+    yield user
+    store = user.home / ".local/share/ovlfs"
+    processes.wait_until(lambda: not holders(scratch) - {os.getpid()}, "all mounts and their processes are gone")
+    processes.wait_until(lambda: not os.listdir(store / "builds"), "nothing temporary is left in the store")
+    assert os.listdir(store / "tmp") == []
 
 
 def seen(user: User, ovlfs: Ovlfs, scratch: Path, name: str) -> dict[str, tuple[str, int, int]]:
@@ -66,7 +59,7 @@ def test_a_user_builds_what_root_builds(
 ) -> None:
     """Owners, modes and layers are the same, although no file on disk has these owners."""
     if lent:
-        lend(user)
+        user.lend_ids()
     result = user.ovlfs("build", *engine, "-t", "out.tar", "context")
     note = f"ovlfs: rootless: uid {UID} is root here, and "
     assert [line for line in result.stderr.splitlines() if line.startswith(note)]

@@ -1,7 +1,6 @@
 """Commits of a user without privileges, whose upperdir keeps owners and devices in xattrs."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,12 +41,6 @@ os.mkdir("var/cache")
 with open("etc/issue", "a") as file:
     file.write("more")
 """
-
-
-@pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as user:
-        yield user
 
 
 def look_as_root(user: User, directory: Path) -> Tree:

@@ -15,12 +15,6 @@ pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 
 @pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as found:
-        yield found
-
-
-@pytest.fixture
 def mountpoint(user: User, layered_image: Path) -> Iterator[Path]:
     layered_image.chmod(0o644)
     mounted = user.mount("mnt", layered_image)

@@ -1,17 +1,15 @@
 """One overlay of directories or of an image, mounted by the real command, or by the kernel, as often as wanted."""
 
-import hashlib
-import io
 import json
 import os
 import subprocess
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import archives
 import processes
 from helpers_tree import SHOWN, Tree, look
 
@@ -183,35 +181,14 @@ def state(path: Path) -> tuple[Any, ...]:
             sorted(os.listxattr(path)))  # fmt: skip
 
 
-Member = tuple[str, bytes | str | None]
-
-
-def docker_archive(path: Path, *layers: Sequence[Member]) -> Path:
+def docker_archive(path: Path, *layers: Iterable[tuple[str, bytes | str | None]]) -> Path:
     """Write an image of layers, the bottom one first.
 
     A member is (name, content): None is a directory, a str the path that a hard link leads to.
     """
-    raw = [_tar(layer) for layer in layers]
-    diff_ids = ["sha256:" + hashlib.sha256(one).hexdigest() for one in raw]
-    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-    names = [f"layer{number}.tar" for number in range(len(raw))]
-    manifest = [{"Config": "config.json", "RepoTags": ["test:latest"], "Layers": names}]
-    stored = [("manifest.json", json.dumps(manifest).encode()), ("config.json", json.dumps(config).encode())]
-    path.write_bytes(_tar([*stored, *zip(names, raw, strict=True)]))
-    return path
 
+    def linked(name: str, content: bytes | str | None) -> archives.Content:
+        return archives.hard_link(name, content) if isinstance(content, str) else content
 
-def _tar(members: Sequence[Member]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.mtime, info.mode = 1_700_000_000, 0o644
-            if content is None:
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
-            elif isinstance(content, str):
-                info.type, info.linkname = tarfile.LNKTYPE, content
-            else:
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return stream.getvalue()
+    raw = [archives.tar_of((name, linked(name, content)) for name, content in layer) for layer in layers]
+    return archives.docker_archive(path, raw)

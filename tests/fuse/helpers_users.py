@@ -16,6 +16,8 @@ from helpers_tree import Tree, read_lines
 
 ROOT = Path(__file__).parent.parent.parent
 UID = GID = 1000
+FIRST_LENT = 200_000
+"""The first of the ids that lend_ids() lends."""
 
 
 @functools.cache
@@ -138,6 +140,11 @@ class User:
         """What the user sees of a tree."""
         program = Path(__file__).with_name("helpers_tree.py")
         return read_lines(self.run(interpreter(), program, directory).stdout)
+
+    def lend_ids(self) -> None:
+        """Have /etc/subuid and /etc/subgid, where the user's mounts are, lend the user 65536 ids."""
+        script = 'echo "$1" > /mnt/lent && mount --bind /mnt/lent /etc/subuid && mount --bind /mnt/lent /etc/subgid'
+        self.run("sh", "-c", script, "sh", f"{UID}:{FIRST_LENT}:65536", as_root=True)
 
     def in_namespace(self, script: str, *arguments: object, **keywords: Any) -> "subprocess.CompletedProcess[str]":
         """Run a shell script as root of a new user and mount namespace (`unshare -Urm`).

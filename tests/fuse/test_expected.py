@@ -4,7 +4,7 @@ As root, read-only and with an upperdir; as a user with fusermount3; as the root
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,12 +117,6 @@ def test_mount_with_upper_equals_expected(mounted: Mount, scratch: Path, form: s
 
 
 # ---- without privileges ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as user:
-        yield user
 
 
 def may(line: dict[str, object], bit: int) -> bool:

@@ -1,7 +1,7 @@
 """Mounts without privileges: by fusermount3, and in a user namespace."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,6 @@ from helpers_users import UID, User
 SmallImage = Callable[..., Path]
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
-
-
-@pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as found:
-        yield found
 
 
 @pytest.fixture

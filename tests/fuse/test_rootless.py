@@ -19,12 +19,6 @@ IMAGE = "small-docker20.tar"
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as user:
-        yield user
-
-
 def allow_others(user: User) -> None:
     """In the user's namespace, `user_allow_other` is in fuse.conf."""
     script = "echo user_allow_other > /mnt/fuse.conf && mount --bind /mnt/fuse.conf /etc/fuse.conf"

@@ -1,13 +1,15 @@
 """Images in every form, built in code, with as many faults as a test wants."""
 
+import functools
 import gzip
 import hashlib
-import io
 import json
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import archives
 
 OCI = "application/vnd.oci.image."
 DOCKER = "application/vnd.docker.distribution."
@@ -26,25 +28,8 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def make_tar(
-    members: list[tuple[str, bytes | str | None]],
-    *,
-    format: int = tarfile.USTAR_FORMAT,  # noqa: A002
-) -> bytes:
-    """A tar of (name, content): bytes is a file, None a directory, a string a symlink's target."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.mtime = 1_700_000_000
-            if content is None:
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
-            elif isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-            else:
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return stream.getvalue()
+make_tar = functools.partial(archives.tar_of, form=tarfile.USTAR_FORMAT)
+"""Names and bytes as a tar, in the older format; a str is a symlink's target, None a directory."""
 
 
 def layer(number: int) -> bytes:
@@ -269,4 +254,4 @@ def docker_drag(layers: list[bytes] | None = None) -> bytes:
         ),
         ("repositories", dumps({"app": {"v1": ids[-1]}})),
     ]
-    return make_tar(members, format=tarfile.PAX_FORMAT)
+    return make_tar(members, form=tarfile.PAX_FORMAT)

@@ -288,7 +288,7 @@ def test_open_long_member_names(tmp_path: Path, tar_format: int) -> None:
         ("config.json", config),
         ("manifest.json", manifest),
     ]
-    path.write_bytes(make_tar(members, format=tar_format))
+    path.write_bytes(make_tar(members, form=tar_format))
 
     assert diff_ids(open_image(str(path))) == DIFF_IDS[:1]
 

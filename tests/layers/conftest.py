@@ -1,13 +1,12 @@
 """An image of every rule, and one whose names want to run in a browser."""
 
-import hashlib
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import archives
 import pytest
-from layers_images import EVIL, FIXTURES, Layer, make_tar
+from layers_images import EVIL, FIXTURES, Layer
 
 
 @pytest.fixture(scope="session")
@@ -25,23 +24,9 @@ def image_of(scratch: Path) -> Callable[..., Path]:
     """`image_of(layers, history)` writes a docker archive; bottom layer first."""
 
     def build(layers: list[Layer], history: list[str], *, name: str = "image.tar", tag: str = "some:tag") -> Path:
-        raw = [make_tar(layer) for layer in layers]
-        diff_ids = ["sha256:" + hashlib.sha256(one).hexdigest() for one in raw]
-        config = {
-            "os": "linux",
-            "architecture": "amd64",
-            "rootfs": {"type": "layers", "diff_ids": diff_ids},
-            "history": [{"created_by": line} for line in history],
-        }
-        files = [f"layer{number}.tar" for number in range(len(raw))]
-        manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": files}]
-        documents: Layer = [
-            (b"manifest.json", json.dumps(manifest).encode()),
-            (b"config.json", json.dumps(config).encode()),
-        ]
-        path = scratch / name
-        path.write_bytes(make_tar([*documents, *((file.encode(), one) for file, one in zip(files, raw, strict=True))]))
-        return path
+        raw = [archives.tar_of(one) for one in layers]
+        lines = [{"created_by": line} for line in history]
+        return archives.docker_archive(scratch / name, raw, tag=tag, history=lines)
 
     return build
 

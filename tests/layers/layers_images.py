@@ -1,7 +1,5 @@
 """Images made of bytes, and names that want to run in a browser."""
 
-import io
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,16 +24,3 @@ EVIL = [
     "\u2028\u2029".encode(),
     b"x" * 255,
 ]
-
-
-def make_tar(layer: Layer) -> bytes:
-    """The layer as a tar."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as tar:
-        for name, content in layer:
-            member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
-            member.mode = 0o755 if content is None else 0o644
-            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
-            member.size = len(content or b"")
-            tar.addfile(member, io.BytesIO(content or b""))
-    return stream.getvalue()

@@ -1,6 +1,5 @@
 """`ovlfs layers`: the table, the JSON, the file that --html writes, and what goes wrong."""
 
-import io
 import json
 import os
 import re
@@ -11,8 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import archives
 import pytest
-from layers_images import FIXTURES, Layer, make_tar
+from layers_images import FIXTURES, Layer
 
 from ovlfs import _native
 from ovlfs.errors import OvlfsError
@@ -112,20 +112,10 @@ def test_a_name_deleted_and_made_again(ovlfs: Run, image_of: Callable[..., Path]
     assert counts == [(1, 0, 0, 1), (0, 0, 1, 0), (1, 0, 0, 3), (0, 1, 0, 0)]
 
 
-def link_to(name: str, target: str) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = tarfile.LNKTYPE, target
-    return member
-
-
 def linking(*links: tuple[str, str]) -> TarLayer:
     """A layer of hard links only."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, target in links:
-            tar.addfile(link_to(name, target))
     scanner = _native.TarScanner()
-    scanner.feed(stream.getvalue())
+    scanner.feed(archives.tar_of((name, archives.hard_link(name, target)) for name, target in links))
     return TarLayer(scanner.finish(), -1, base_offset=0, layer_number=1)
 
 
@@ -292,7 +282,7 @@ class _Counting:
 
 def scanned(layer: Layer) -> bytes:
     scanner = _native.TarScanner()
-    scanner.feed(make_tar(layer))
+    scanner.feed(archives.tar_of(layer))
     return scanner.finish()
 
 

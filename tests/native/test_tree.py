@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import io
 import os
 import stat
 import tarfile
@@ -13,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import archives
 import pytest
+from archives import hard_link
 
 from ovlfs import _native
 from ovlfs.ids import ROOT_NODEID, Ino, Name, NodeId
@@ -87,30 +88,10 @@ def directories(scratch: Path) -> Iterator[Directories]:
 
 def tar_layer(*members: tuple[str, bytes | str | None] | tarfile.TarInfo, number: int = 0) -> TarLayer:
     """A tar layer.  A TarInfo stands for itself."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.mode, info.mtime = 0o644, 1_700_000_000
-            if member[1] is None:
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
-            elif isinstance(member[1], str):
-                info.type, info.linkname = tarfile.SYMTYPE, member[1]
-            else:
-                info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]) if isinstance(member[1], bytes) else None)
+    pairs = ((one.name, one) if isinstance(one, tarfile.TarInfo) else one for one in members)
     scanner = _native.TarScanner()
-    scanner.feed(stream.getvalue())
+    scanner.feed(archives.tar_of(pairs))
     return TarLayer(scanner.finish(), -1, base_offset=0, layer_number=number)
-
-
-def hard_link(name: str, target: str) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.LNKTYPE, target
-    return info
 
 
 class DictLayer:

@@ -1,21 +1,18 @@
 """Images to run, ways to run them, and proof that nothing is left."""
 
 import functools
-import hashlib
-import io
-import json
 import lzma
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+from archives import Members, docker_archive, tar
 from helpers_images import images
 
 from ovlfs.fuse import mounting
@@ -31,51 +28,18 @@ def _busybox_layer() -> bytes:
     return lzma.decompress((images() / "rootfs.tar.xz").read_bytes())
 
 
-def tar_of(members: dict[str, bytes | str | tarfile.TarInfo | None]) -> bytes:
-    """A layer: bytes are files, a str is a symlink, None a directory, a TarInfo itself; root's, files mode 0755."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, content in members.items():
-            entry = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(entry)
-                continue
-            entry.mtime, entry.mode = 1_700_000_000, 0o755
-            if content is None:
-                entry.type = tarfile.DIRTYPE
-            elif isinstance(content, str):
-                entry.type, entry.linkname = tarfile.SYMTYPE, content
-            else:
-                entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return stream.getvalue()
-
-
 def make_image(
     path: Path,
     config: dict[str, Any] | None = None,
-    members: dict[str, bytes | str | tarfile.TarInfo | None] | None = None,
+    members: Members | None = None,
     *,
     architecture: str | None = None,
     system: str = "linux",
 ) -> Path:
     """A docker archive of busybox, `members` above it, and `config`."""
-    layers = [_busybox_layer(), *([tar_of(members)] if members else [])]
-    diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+    layers = [_busybox_layer(), *([tar(members, mode=0o755)] if members else [])]
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
-    document = {
-        "architecture": architecture or machine,
-        "os": system,
-        "config": config or {},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-    }
-    names = [f"layer{number}.tar" for number in range(len(layers))]
-    manifest = [{"Config": "config.json", "RepoTags": ["it:latest"], "Layers": names}]
-    parts: dict[str, bytes | str | tarfile.TarInfo | None] = {
-        "manifest.json": json.dumps(manifest).encode(),
-        "config.json": json.dumps(document).encode(),
-    }
-    path.write_bytes(tar_of(parts | dict(zip(names, layers, strict=True))))
+    docker_archive(path, layers, tag="it:latest", architecture=architecture or machine, os=system, config=config or {})
     path.chmod(0o644)
     return path
 

@@ -301,7 +301,7 @@ def test_hostile_roots(go: Go, scratch: Path) -> None:
     """/proc, /etc/hosts and /etc/resolv.conf that lead elsewhere: refused, or inside, and the host's are untouched."""
     before = Path("/etc/hosts").read_bytes()
     members = {"etc/hosts": "/../../../../etc/hostlist", "etc/resolv.conf": "../run/systemd/resolve/stub.conf"}
-    image = make_image(scratch / "x.tar", {"Cmd": ["true"]}, members)  # type: ignore[arg-type]
+    image = make_image(scratch / "x.tar", {"Cmd": ["true"]}, members)
     assert go(image, "--", "sh", "-c", "echo evil > /etc/hosts; cat /etc/hostlist; ls /run/systemd/resolve").stdout == (
         "evil\nstub.conf\n"
     )

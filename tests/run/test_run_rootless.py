@@ -17,7 +17,6 @@ from helpers_users import UID, User, interpreter
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 SMALL = "small-docker20.tar"
-FIRST = 200000
 ENGINES = {"crun": (), "chroot": ("--chroot",)}
 
 
@@ -27,18 +26,16 @@ def words(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def user(scratch: Path) -> Iterator[User]:
-    with User.at(scratch) as found:
-        yield found
-        nothing_is_left(found, scratch)
+def user(user: User, scratch: Path) -> Iterator[User]:
+    """Of whom nothing is left at the end."""
+    yield user
+    nothing_is_left(user, scratch)
 
 
 @pytest.fixture
 def lent(user: User) -> User:
-    """A user to whom /etc/subuid and /etc/subgid lend ids, in the user's namespace."""
-    line = f"{UID}:{FIRST}:65536"
-    script = 'echo "$1" > /mnt/lent && mount --bind /mnt/lent /etc/subuid && mount --bind /mnt/lent /etc/subgid'
-    user.run("sh", "-c", script, "sh", line, as_root=True)
+    """A user who has more ids."""
+    user.lend_ids()
     return user
 
 
