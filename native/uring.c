@@ -70,7 +70,7 @@ struct entry {
 	pthread_mutex_t lock;
 	pthread_cond_t changed; /* protected by lock: the state, or we stop */
 	enum state state;       /* protected by lock */
-	uint64_t unique;        /* protected by lock; of the request that is OUT, with its tag */
+	uint64_t unique;        /* protected by lock; of the request that is OUT, with its tag, until its answer is the kernel's */
 };
 
 struct ovl_uring {
@@ -335,7 +335,8 @@ static int add_entry(struct ovl_uring *uring, unsigned queue)
 static void commit(struct entry *entry)
 {
 	entry->broken = submit(entry, COMMIT_AND_FETCH, entry->unique & ~entry->tag);
-	entry->unique = 0;
+	if (!entry->broken)
+		entry->unique = 0;
 	entry->state = IDLE;
 }
 
@@ -489,6 +490,8 @@ int ovl_uring_reply(struct ovl_uring *uring, uint64_t unique, const struct iovec
 		pthread_cond_broadcast(&entry->changed);
 		while (entry->state == FILLED && entry->unique == unique)
 			pthread_cond_wait(&entry->changed, &entry->lock);
+		if (entry->unique == unique) /* its thread has ended without, or could not */
+			err = -ENODEV;
 	}
 	pthread_mutex_unlock(&entry->lock);
 	return err;

@@ -45,6 +45,14 @@ def test_fuzz_target_runs_under_libfuzzer(tmp_path: Path) -> None:
     run(program, "-max_total_time=3", "-seed=1", "-max_len=290", f"-artifact_prefix={tmp_path}/", tmp_path / "seeds")
 
 
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_who_replies_is_told_when_the_answer_has_not_left(tmp_path: Path, sanitizer: str) -> None:
+    """ENODEV, as writev(2) to the device: the entry's thread has ended, or its ring takes nothing more."""
+    program = build(HERE / "uring_mount.c", tmp_path / "uring_mount", f"-fsanitize={sanitizer}")
+
+    assert run(program) == "what needs no mount passed\n"
+
+
 @pytest.mark.fuse
 @pytest.mark.uring
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])

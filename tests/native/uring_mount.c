@@ -1,9 +1,10 @@
 /*
  * uring_mount.c - uring.c against the kernel: a file system without a name in it, and everything that can go wrong
  *
- * Usage: uring_mount DIR.  Each scenario mounts on DIR, answers INIT itself, and ends the mount.  LOOKUP is answered
+ * Usage: uring_mount [DIR].  Each scenario mounts on DIR, answers INIT itself, and ends the mount.  LOOKUP is answered
  * ENOENT, by the thread that got it or (names that start with `d`) by another; names that start with `k` are kept, and
- * never answered.  Needs root, and enable_uring.  Built by test_uring.py with the sanitizers.
+ * never answered.  Needs root, and enable_uring; without DIR there are only those scenarios that need neither.  Built by
+ * test_uring.py with the sanitizers.
  */
 #include "uring.c"
 
@@ -293,10 +294,74 @@ static void stops_before_it_has_gone(const char *dir)
 	ovl_uring_free(uring);
 }
 
+/* ---- an entry without a kernel --------------------------------------------------------------------------------------- */
+
+struct late {
+	struct ovl_uring *uring;
+	uint64_t unique;
+	int said;
+};
+
+static void *reply_late(void *arg)
+{
+	struct late *late = arg;
+	struct fuse_out_header out = {.len = sizeof(out), .error = -ENOENT, .unique = late->unique};
+	struct iovec part = {.iov_base = &out, .iov_len = sizeof(out)};
+
+	late->said = ovl_uring_reply(late->uring, late->unique, &part, 1);
+	return NULL;
+}
+
+/* What another thread is told of its reply if this one, whose entry it is, does `then` with it. */
+static int reply_said(void (*then)(struct entry *entry))
+{
+	_Alignas(8) unsigned char rings[64] = {0}, sqes[2 * SQE_BYTES], payload[64];
+	struct ovl_uring_header header;
+	struct ovl_uring uring = {.config = {.dev_fd = -1}, .entry_count = 1};
+	struct entry entry = {.uring = &uring, .tag = 1ull << OVL_URING_TAG_SHIFT, .thread = pthread_self(), .fd = -1,
+			      .rings = rings, .sqes = sqes, .params = {.sq_entries = 2, .sq_off = {.array = 8}},
+			      .header = &header, .payload = payload, .state = OUT};
+	struct entry *entries[] = {&entry};
+	struct late late = {.uring = &uring, .unique = entry.tag | 2};
+	pthread_t other;
+
+	uring.entries = entries;
+	entry.unique = late.unique;
+	pthread_mutex_init(&entry.lock, NULL);
+	pthread_cond_init(&entry.changed, NULL);
+	CHECK(pthread_create(&other, NULL, reply_late, &late) == 0);
+	pthread_mutex_lock(&entry.lock);
+	while (entry.state != FILLED)
+		pthread_cond_wait(&entry.changed, &entry.lock);
+	then(&entry);
+	pthread_cond_broadcast(&entry.changed);
+	pthread_mutex_unlock(&entry.lock);
+	pthread_join(other, NULL);
+	pthread_cond_destroy(&entry.changed);
+	pthread_mutex_destroy(&entry.lock);
+	return late.said;
+}
+
+static void ends(struct entry *entry)
+{
+	entry->state = DEAD;
+}
+
+static void tells_who_replies_that_the_answer_has_not_left(void)
+{
+	CHECK(reply_said(ends) == -ENODEV);
+	CHECK(reply_said(commit) == -ENODEV); /* there is no ring */
+}
+
 int main(int argc, char **argv)
 {
-	if (argc != 2)
+	if (argc > 2)
 		return 2;
+	tells_who_replies_that_the_answer_has_not_left();
+	if (argc == 1) {
+		puts("what needs no mount passed");
+		return 0;
+	}
 	serves_many_clients(argv[1]);
 	goes_on_by_the_device_when_a_queue_is_refused(argv[1]);
 	ends_with_a_request_out(argv[1], 0);
