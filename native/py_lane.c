@@ -1,8 +1,8 @@
 /*
  * py_lane.c - Lane: the request lane of lane.h for Python
  *
- * Ownership: the object owns the lane, and with it both descriptors, from a successful __new__ (also from a failed one)
- * to close() or dealloc; `lane` is NULL after close().  Threads: the lane's own threads never touch Python.  close,
+ * Ownership: the object owns the lane, and with it both descriptors, from __new__ (also from one that fails, once it
+ * knows which they are) to close() or dealloc; `lane` is NULL after close().  Threads: the lane's own threads never touch Python.  close,
  * stop and reply run without the GIL; `users` (changed with the GIL held) keeps close() from freeing what another
  * thread is using.  A `tree` is referred to as long as the lane's threads may look into it; it refers to no lane, so
  * there is no cycle to collect.  What answers natively (`fs`) lives as long as the lane, and ends after its threads.
@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include <linux/fuse.h>
 
 #include "lane_tree.h"
@@ -117,12 +118,12 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	if (trace != Py_None) {
 		config.trace = ovl_trace_from_object(PyType_GetModule(type), trace);
 		if (!config.trace)
-			return NULL;
+			goto refused;
 	}
 	if (tree != Py_None) {
 		fs = make_fs(type, tree, upper, config.dev_fd, no_open, passthrough);
 		if (!fs)
-			return NULL;
+			goto refused;
 		config.native = (struct ovl_lane_native){
 			.answer = ovl_lane_fs_answer,
 			.patch = ovl_lane_fs_patch,
@@ -143,7 +144,7 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 		if (fs)
 			ovl_lane_fs_destroy(fs);
 		free(fs);
-		return NULL;
+		goto refused;
 	}
 	err = ovl_lane_new(&self->lane, &config);
 	if (err) {
@@ -163,6 +164,12 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 		self->trace = trace;
 	}
 	return (PyObject *)self;
+refused: /* as ovl_lane_new would have done */
+	if (config.dev_fd >= 0)
+		close(config.dev_fd);
+	if (config.session_fd >= 0)
+		close(config.session_fd);
+	return NULL;
 }
 
 static void lane_dealloc(PyObject *object)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_lane import (
@@ -205,12 +206,29 @@ def test_fsync_of_a_lower_directory_has_nothing_to_do(bench: Bench) -> None:
     assert ask(bench, FSYNCDIR, bytes(16)) == (0, b"")
 
 
-def test_tree_of_python_is_refused() -> None:
-    """TypeError: there is nothing to answer from."""
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tree": object()}, "native Tree"),
+        ({"trace": object()}, "Trace is needed"),
+        ({"upper": (1,)}, "upper"),
+        ({"upper": (-1, "other.", True, True, True, True, True)}, "two namespaces"),
+        ({"max_write": 1}, "Invalid argument"),
+    ],
+)
+def test_what_is_refused_closes_both_descriptors(tree: Tree, arguments: dict[str, Any], message: str) -> None:
+    """They are the lane's from the call on, whatever becomes of it: nobody else would close them."""
     device, kernel = socket.socketpair()
     ours, session = socket.socketpair()
-    with kernel, session, device, ours, pytest.raises(TypeError, match="native Tree"):
-        Lane(device.fileno(), ours.fileno(), tree=object())  # type: ignore[arg-type]
+    if "upper" in arguments:
+        arguments = {"tree": tree, **arguments}
+    fds = device.detach(), ours.detach()
+    with kernel, session:
+        with pytest.raises((TypeError, ValueError, OSError), match=message):
+            Lane(*fds, **arguments)
+        for fd in fds:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
 
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
