@@ -13,6 +13,7 @@
 #include <unistd.h>
 #include <linux/fuse.h>
 
+#include "lane_trace.h"
 #include "lane_tree.h"
 #include "module.h"
 
@@ -34,6 +35,11 @@ static struct ovl_lane *get(PyObject *object)
 	return lane;
 }
 
+static int layer_of(void *tree, uint64_t nodeid)
+{
+	return ovl_tree_layer(tree, nodeid);
+}
+
 /* Ends the threads first: they use what is freed after. */
 static void lane_end(struct ovl_lane *lane, struct ovl_lane_fs *fs)
 {
@@ -43,6 +49,8 @@ static void lane_end(struct ovl_lane *lane, struct ovl_lane_fs *fs)
 		ovl_lane_fs_destroy(fs);
 	ovl_lane_free(lane);
 	Py_END_ALLOW_THREADS
+	if (fs && fs->trace)
+		ovl_lane_trace_ask(fs->trace, NULL, NULL); /* it may live longer than the tree */
 	free(fs);
 }
 
@@ -158,6 +166,8 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 		Py_INCREF(tree);
 		self->tree = tree;
 		self->fs = fs;
+		if (fs->trace)
+			ovl_lane_trace_ask(fs->trace, layer_of, fs->tree);
 	}
 	if (trace != Py_None) {
 		Py_INCREF(trace);

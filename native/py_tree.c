@@ -1260,11 +1260,6 @@ static PyObject *tree_counts(PyObject *object, PyObject *Py_UNUSED(unused))
 	return Py_BuildValue("nnn", (Py_ssize_t)counts.inodes, (Py_ssize_t)counts.merged, (Py_ssize_t)counts.names);
 }
 
-static int layer_of(void *tree, uint64_t nodeid)
-{
-	return ovl_tree_layer(tree, nodeid);
-}
-
 static PyObject *tree_tell_merged(PyObject *object, PyObject *trace)
 {
 	struct tree *self = (struct tree *)object;
@@ -1273,7 +1268,6 @@ static PyObject *tree_tell_merged(PyObject *object, PyObject *trace)
 	if (!told)
 		return NULL;
 	ovl_tree_tell_merged(self->core, ovl_lane_trace_merge, told);
-	ovl_lane_trace_ask(told, layer_of, self->core);
 	Py_INCREF(trace);
 	Py_XSETREF(self->trace, trace);
 	Py_RETURN_NONE;

@@ -65,6 +65,23 @@ def test_answers_are_recorded_only_between_start_and_stop(layer: DirLayer) -> No
     assert sum(count for _, count in trace.latencies()[LOOKUP]) == 4
 
 
+def test_the_layer_of_an_answer_is_that_of_the_lanes_own_tree(layer: DirLayer, scratch: Path) -> None:
+    """The trace outlives trees that told it of merges; only that of a lane is sure to live while it answers."""
+    (scratch / "empty").mkdir()
+    above = DirLayer(bytes(scratch / "empty"), layer.inos, prefixes=(USER,))
+    other, tree, trace = Tree([None, layer]), Tree([None, above, layer]), Trace()
+    other.tell_merged(trace)
+    nodeid = other.lookup(1, b"motd")  # type: ignore[arg-type]
+    trace.start(16)
+    for _ in range(2):
+        with laned(tree=tree, trace=trace) as bench:
+            bench.kernel.send(request(LOOKUP, 2, b"motd\0"))
+            bench.kernel.recv(4096)
+        answers = [(record[5], record[7]) for record in trace.drain()[0] if record[0] == ANSWER]
+        assert answers == [(nodeid, 2)]
+        other = tree  # the first is gone
+
+
 @pytest.mark.parametrize("make", [Tree, ReferenceTree])
 def test_a_merge_is_told_by_both_trees(make: Callable[..., Tree], layer: DirLayer) -> None:
     tree, trace = make([None, layer]), Trace()
