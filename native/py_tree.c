@@ -12,7 +12,8 @@
  * Inode is a view: the Tree and a nodeid.  Its attributes are read from the core each time, so they are always those
  * of now; ESTALE once the inode is not known any more.
  *
- * GIL: released around what may read the disk (everything that can merge or resolve), kept around the rest.  A thread
+ * GIL: released around what may read the disk (everything that can merge or resolve) or free what was removed from it
+ * (forget), kept around the rest.  A thread
  * that waits for the core's lock with the GIL held cannot deadlock: who holds that lock never wants the GIL.
  *
  * Errors: NULL or -1 with an exception set.
@@ -1193,7 +1194,9 @@ static PyObject *tree_forget(PyObject *object, PyObject *args, PyObject *kwargs)
 
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&:forget", names, to_u64, &nodeid, to_u64, &nlookup))
 		return NULL;
+	Py_BEGIN_ALLOW_THREADS
 	ovl_tree_forget(((struct tree *)object)->core, nodeid, nlookup, &gone);
+	Py_END_ALLOW_THREADS
 	return PyBool_FromLong(gone);
 }
 

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* ---- directories -------------------------------------------------------------------------------------- */
 
@@ -533,10 +534,44 @@ static void forget_opened(struct ovl_tree *tree, const struct node *node)
 			close_opened(&tree->opened[i]);
 }
 
+/* The node's orphan, if it has one, is left to unlock_and_close. */
+static void put_orphan_off(struct ovl_tree *tree, struct node *node)
+{
+	struct kept *kept = ovl_node_kept(node);
+
+	if (!kept || kept->orphan < 0)
+		return;
+	if (is_dir(node))
+		node->u.dir->kept = NULL;
+	else
+		node->u.extra->kept = NULL;
+	set_flag(node, NODE_KEPT | NODE_LIVE, false);
+	kept->next = tree->dropped;
+	tree->dropped = kept;
+}
+
+/* Gives the lock back after nodes may have been dropped, and closes their orphans then: to close the last descriptor of a
+ * removed file is to free its data, which takes a second per few GiB. */
+static void unlock_and_close(struct ovl_tree *tree)
+{
+	struct kept *kept = tree->dropped;
+
+	tree->dropped = NULL;
+	pthread_rwlock_unlock(&tree->lock);
+	while (kept) {
+		struct kept *next = kept->next;
+
+		close(kept->orphan);
+		free(kept);
+		kept = next;
+	}
+}
+
 static void drop(struct ovl_tree *tree, struct node *node)
 {
 	if (is_dir(node))
 		forget_opened(tree, node);
+	put_orphan_off(tree, node);
 	if (node->flags & NODE_INO_OWNER && node->nodeid != node->ino)
 		table_remove(&tree->by_ino, node);
 	table_remove(&tree->by_nodeid, node);
@@ -1492,7 +1527,7 @@ ovl_err_t ovl_tree_remove(struct ovl_tree *tree, uint64_t parent, const uint8_t 
 	dir_remove(directory->u.dir, entry);
 	drop_if_unused(tree, node);
 out:
-	pthread_rwlock_unlock(&tree->lock);
+	unlock_and_close(tree);
 	return err;
 }
 
@@ -1560,7 +1595,7 @@ ovl_err_t ovl_tree_move(struct ovl_tree *tree, uint64_t parent, const uint8_t *n
 	if (replaced)
 		drop_if_unused(tree, replaced);
 out:
-	pthread_rwlock_unlock(&tree->lock);
+	unlock_and_close(tree);
 	return err;
 }
 
@@ -1689,7 +1724,7 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 		forget(tree, node, nlookup);
 		*gone = !table_get(&tree->by_nodeid, nodeid);
 	}
-	pthread_rwlock_unlock(&tree->lock);
+	unlock_and_close(tree);
 }
 
 void ovl_tree_trim(struct ovl_tree *tree)

@@ -61,6 +61,7 @@ struct kept {
 	int orphan;           /* O_PATH, owned; -1: none */
 	int live;             /* borrowed from who has set it (NODE_LIVE) */
 	uint64_t last_parent; /* nodeid; 0: none */
+	struct kept *next;    /* once its node is dropped: in tree->dropped */
 };
 
 /* What few nodes have: a source for the data apart from that for the metadata, more than one name. */
@@ -135,6 +136,7 @@ struct ovl_tree {
 	uint64_t clock;
 	ovl_tree_told told; /* or NULL */
 	void *told_arg;
+	struct kept *dropped; /* owned; orphans that are closed when the lock is given back */
 };
 
 /* The lock is held. */
