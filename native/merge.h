@@ -147,8 +147,9 @@ struct ovl_found {
 
 void ovl_found_clear(const struct ovl_stack *stack, struct ovl_found *found);
 
-/* Looks `name` up.  `from`: no source between the upperdir and this one has it; 0: not known.  `shared` (may be NULL) is the name as a blob, to be referred to instead of copied.  OVL_ABSENT: the
- * merged tree has no such name.  OVL_ASK.  Otherwise `*out` is the caller's, to be cleared. */
+/* Looks `name` up.  `from`: no source between the upperdir and this one has it; 0: not known.  `shared` (may be NULL) is the
+ * name as a blob, to be referred to instead of copied.  OVL_ABSENT: the merged tree has no such name.  OVL_ASK.  Otherwise
+ * `*out` is the caller's, to be cleared. */
 ovl_err_t ovl_merge_lookup(struct ovl_merge *merge, const uint8_t *name, size_t len, size_t from,
 			   struct ovl_blob *shared, struct ovl_found *out);
 

@@ -6,8 +6,9 @@ writing 3 to /proc/sys/vm/drop_caches.  So *cold* is, for every peer: nothing in
 inodes (of the mount, and of the layers below; what lies on tmpfs stays, it has no other place).  The first step of a
 group is colder still: the daemon has not seen the tree.  *warm* is the same step once more.
 
-Reading and copying up follow a walk over everything, so that they are what is measured: names are known then, contents are
-not.  The rows *first touch* do the same work on a mount that nobody has walked, the lookups in all layers included.
+Reading and copying up follow a walk over everything, so that they are what is measured: names are known then,
+contents are not.  The rows *first touch* do the same work on a mount that nobody has walked, the lookups in all layers
+included.
 """
 
 import contextlib
