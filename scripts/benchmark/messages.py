@@ -259,6 +259,7 @@ OPERATIONS = (
     Operation("first stat after the directory was listed", _each(os.stat), _list_once, 0, 0),
     Operation("listing a directory", _list, _stat_directories, None),
     Operation("listing again", _list, _list_once, 0, 0),
+    Operation("open, read, close of a small file, first time", _each(_read), _stat_all, None),
     Operation("open, read, close of a file already read", _each(_read), _each(_read), 1, 0),
     Operation("create, write 3 KB, close", _each(_create, "new"), _stat_all, 2),
     Operation("mkdir", _each(os.mkdir, "dir"), _stat_all, 2),
