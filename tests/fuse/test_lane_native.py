@@ -304,10 +304,14 @@ def exchange(one: Path, other: Path) -> None:
 
 
 class Race:
-    """Threads that do random things on a mount until the time is over; unexpected errors are kept."""
+    """Threads that do random things on a mount until the time is over; unexpected errors are kept.
 
-    def __init__(self, mnt: Path) -> None:
+    On a slow machine it goes on until `enough` is done, but not for ever.
+    """
+
+    def __init__(self, mnt: Path, enough: int = 20) -> None:
         self.mnt = mnt
+        self.enough = enough
         self.until = time.monotonic() + RACE_S
         self.wrong: list[BaseException] = []
         self.done = 0
@@ -359,9 +363,13 @@ class Race:
         drop_caches()
         time.sleep(rng.random() / 5)
 
+    def is_over(self) -> bool:
+        late = time.monotonic() - self.until
+        return late > 10 * RACE_S or (late > 0 and self.done > self.enough)
+
     def run(self, action: Callable[[random.Random], None], seed: int) -> None:
         rng = random.Random(seed)
-        while time.monotonic() < self.until and not self.wrong:
+        while not self.is_over() and not self.wrong:
             try:
                 action(rng)
             except OSError as error:
@@ -381,7 +389,7 @@ def test_race_of_readers_and_writers_leaves_the_tree_as_it_is_on_disk(scratch: P
         (base / "lower1" / path / "d").write_bytes(b"lower")
     os.link(base / "lower1/a/a/d", base / "lower1/c/b")
     with mounted_by(base, "native") as mount:
-        race = Race(mount.mnt)
+        race = Race(mount.mnt, enough=1000)
         actions = [race.read, race.read, race.read, race.change, race.change, race.forget]
         threads = [threading.Thread(target=race.run, args=(one, seed)) for seed, one in enumerate(actions)]
         for thread in threads:
@@ -389,7 +397,7 @@ def test_race_of_readers_and_writers_leaves_the_tree_as_it_is_on_disk(scratch: P
         for thread in threads:
             thread.join()
         assert race.wrong == []
-        assert race.done > 1000
+        assert race.done > race.enough  # in a tenth of the time, where nothing is slow
         known = shown(mount.mnt)
         drop_caches()
         anew = shown(mount.mnt)
@@ -406,7 +414,7 @@ from pathlib import Path
 from test_lane_native import Race
 race = Race(Path(sys.argv[1]))
 race.run(getattr(race, sys.argv[2]), int(sys.argv[3]))
-assert race.done > 20
+assert race.done > race.enough
 print(race.wrong)
 """
 
