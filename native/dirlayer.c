@@ -241,8 +241,11 @@ static unsigned own_bits(const struct ovl_dirlayer *layer, const char *list, lon
 
 	if (size < 0)
 		return errno == EOPNOTSUPP ? 0 : OWN_UNKNOWN;
-	for (long at = 0; at < size; at += (long)strlen(list + at) + 1)
+	for (long at = 0; at < size; at += (long)strlen(list + at) + 1) {
+		if (!memchr(list + at, 0, (size_t)(size - at)))
+			return OWN_UNKNOWN; /* a file system that does not end its names */
 		bits |= own_bit(layer, list + at);
+	}
 	return bits;
 }
 

@@ -106,7 +106,7 @@ struct ovl_lane {
 	bool may_linger;         /* immutable */
 	atomic_flag lingering;   /* one does */
 	bool wants_uring;        /* immutable */
-	struct ovl_uring *uring; /* the writer's until the first request comes by it, immutable then; NULL: not used */
+	struct ovl_uring *_Atomic uring; /* NULL: not used (any more); changed by the writer, with INIT's reply, only */
 	int uring_state;         /* protected by lock; URING_OPEN until it is decided, then as ovl_lane_uring */
 	pthread_cond_t decided;  /* protected by lock */
 
@@ -184,9 +184,12 @@ static ovl_err_t put(struct ovl_lane *lane, const struct iovec *parts, int numbe
 /* To where the request came from. */
 static ovl_err_t put_for(struct ovl_lane *lane, uint64_t unique, const struct iovec *parts, int number)
 {
+	struct ovl_uring *uring;
+
 	if (!ovl_uring_owns(unique))
 		return put(lane, parts, number);
-	return lane->uring ? ovl_uring_reply(lane->uring, unique, parts, number) : -ENOENT;
+	uring = atomic_load(&lane->uring);
+	return uring ? ovl_uring_reply(uring, unique, parts, number) : -ENOENT;
 }
 
 static bool is_gone(ovl_err_t err)
@@ -985,12 +988,15 @@ static bool open_uring(struct ovl_lane *lane, uint64_t offered, size_t payload_b
 		.failed = fail_uring,
 		.arg = lane,
 	};
+	struct ovl_uring *made;
 	ovl_err_t err = offered & FUSE_INIT_EXT && offered & OVL_URING_INIT_FLAG ? 0 : -EOPNOTSUPP;
 
 	if (config.payload_bytes < 2 * HEADER_BYTES)
 		config.payload_bytes = 2 * HEADER_BYTES; /* FUSE_MIN_READ_BUFFER */
 	if (!err)
-		err = ovl_uring_new(&lane->uring, &config);
+		err = ovl_uring_new(&made, &config);
+	if (!err)
+		atomic_store(&lane->uring, made);
 	pthread_mutex_lock(&lane->lock);
 	lane->uring_state = err ? err : URING_OPEN;
 	pthread_mutex_unlock(&lane->lock);
@@ -1001,11 +1007,12 @@ static bool open_uring(struct ovl_lane *lane, uint64_t offered, size_t payload_b
  * itself.  It does not see what others refuse (an LSM, say): then it would wait for ever. */
 static void decide_uring(struct ovl_lane *lane)
 {
-	ovl_err_t err = lane->uring ? ovl_uring_go(lane->uring) : 0;
+	struct ovl_uring *uring = atomic_load(&lane->uring);
+	ovl_err_t err = uring ? ovl_uring_go(uring) : 0;
 
 	if (err) {
-		ovl_uring_free(lane->uring);
-		lane->uring = NULL;
+		atomic_store(&lane->uring, NULL);
+		ovl_uring_free(uring);
 		if (err != -EINVAL && err != -ENOMEM)
 			fail_uring(lane, err);
 	}
@@ -1368,7 +1375,8 @@ ovl_err_t ovl_lane_reply(struct ovl_lane *lane, uint64_t unique, int error, cons
 		return -EINVAL;
 	request = take_request(lane, unique);
 	if (request.opcode && !error && size <= sizeof(small) && lane->native.patch) {
-		memcpy(small, data, size);
+		if (size > 0)
+			memcpy(small, data, size);
 		error = lane->native.patch(lane->native.arg, &request, small, size);
 		if (error)
 			size = 0;

@@ -270,7 +270,7 @@ ovl_err_t ovl_lane_file_open(struct ovl_lane_fs *fs, uint64_t nodeid, uint32_t f
 	ovl_err_t err = -ENOMEM;
 
 	pthread_mutex_lock(&files->lock);
-	while (files->filling == nodeid)
+	while (nodeid && files->filling == nodeid)
 		pthread_cond_wait(&files->filled, &files->lock);
 	if (!file)
 		goto out;

@@ -177,28 +177,38 @@ static enum ovl_lane_verdict answer_lookup(struct ovl_lane_ask *ask)
 
 /* ---- forgetting --------------------------------------------------------------------------------------- */
 
+/* After the gate: to close what leads to a removed file frees its data, which may take seconds. */
+static void close_forgotten(struct ovl_lane_ask *ask, struct kept *later)
+{
+	if (later)
+		ovl_lane_yield(ask->answer->reader);
+	ovl_tree_close(later);
+}
+
 static enum ovl_lane_verdict answer_forget(struct ovl_lane_ask *ask)
 {
+	struct kept *later = NULL;
 	struct fuse_forget_in in;
-	bool gone;
 
 	if (ask->size < sizeof(in))
 		return OVL_LANE_SILENT;
 	if (!ovl_gate_change(&ask->fs->gate))
 		return OVL_LANE_PASS;
 	memcpy(&in, ask->body, sizeof(in));
-	ovl_tree_forget(ask->fs->tree, ask->header.nodeid, in.nlookup, &gone);
+	ovl_tree_forget_later(ask->fs->tree, ask->header.nodeid, in.nlookup, &later);
 	ovl_gate_changed(&ask->fs->gate);
+	close_forgotten(ask, later);
 	return OVL_LANE_SILENT;
 }
 
 static enum ovl_lane_verdict answer_batch_forget(struct ovl_lane_ask *ask)
 {
 	struct fuse_batch_forget_in in;
+	struct kept *later = NULL;
 	struct fuse_forget_one one;
 	unsigned char *items;
 	size_t count;
-	bool gone, trim;
+	bool trim;
 
 	if (ask->size < sizeof(in))
 		return OVL_LANE_SILENT;
@@ -211,13 +221,14 @@ static enum ovl_lane_verdict answer_batch_forget(struct ovl_lane_ask *ask)
 		count = in.count;
 	for (size_t i = 0; i < count; i++) {
 		memcpy(&one, items + i * sizeof(one), sizeof(one));
-		ovl_tree_forget(ask->fs->tree, one.nodeid, one.nlookup, &gone);
+		ovl_tree_forget_later(ask->fs->tree, one.nodeid, one.nlookup, &later);
 	}
 	ask->fs->forgotten += count;
 	trim = ask->fs->forgotten > TRIM_AFTER;
 	if (trim)
 		ask->fs->forgotten = 0;
 	ovl_gate_changed(&ask->fs->gate);
+	close_forgotten(ask, later);
 	if (trim) { /* the kernel is short of memory, or the mount has been walked over */
 		ovl_lane_yield(ask->answer->reader);
 		ovl_tree_trim(ask->fs->tree);

@@ -550,21 +550,26 @@ static void put_orphan_off(struct ovl_tree *tree, struct node *node)
 	tree->dropped = kept;
 }
 
+void ovl_tree_close(struct kept *later)
+{
+	while (later) {
+		struct kept *next = later->next;
+
+		close(later->orphan);
+		free(later);
+		later = next;
+	}
+}
+
 /* Gives the lock back after nodes may have been dropped, and closes their orphans then: to close the last descriptor of a
  * removed file is to free its data, which takes a second per few GiB. */
 static void unlock_and_close(struct ovl_tree *tree)
 {
-	struct kept *kept = tree->dropped;
+	struct kept *later = tree->dropped;
 
 	tree->dropped = NULL;
 	pthread_rwlock_unlock(&tree->lock);
-	while (kept) {
-		struct kept *next = kept->next;
-
-		close(kept->orphan);
-		free(kept);
-		kept = next;
-	}
+	ovl_tree_close(later);
 }
 
 static void drop(struct ovl_tree *tree, struct node *node)
@@ -584,12 +589,17 @@ static void drop(struct ovl_tree *tree, struct node *node)
 static void drop_if_unused(struct ovl_tree *tree, struct node *node)
 {
 	while (node && node->nlookup == 0 && node->nodeid != OVL_ROOT_NODEID) {
-		struct node *parent = node->parent;
+		struct node *parent;
 
 		if (is_dir(node) && node->u.dir->live > 0)
 			return;
-		if (!is_dir(node) && node->u.extra && node->u.extra->used > 0)
-			parent = NULL; /* several names: their directories are looked at when they are forgotten */
+		while (!is_dir(node) && node->u.extra && node->u.extra->used > 0) {
+			struct place last = node->u.extra->more[node->u.extra->used - 1];
+
+			detach(last.parent, entry_of(last.parent, last.cookie));
+			drop_if_unused(tree, last.parent); /* a directory, and they have one name */
+		}
+		parent = node->parent;
 		drop(tree, node);
 		node = parent;
 	}
@@ -1725,6 +1735,20 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 		*gone = !table_get(&tree->by_nodeid, nodeid);
 	}
 	unlock_and_close(tree);
+}
+
+void ovl_tree_forget_later(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, struct kept **later)
+{
+	struct node *node;
+
+	pthread_rwlock_wrlock(&tree->lock);
+	if (ovl_tree_find(tree, nodeid, &node) == 0) {
+		tree->dropped = *later;
+		forget(tree, node, nlookup);
+		*later = tree->dropped;
+		tree->dropped = NULL;
+	}
+	pthread_rwlock_unlock(&tree->lock);
 }
 
 void ovl_tree_trim(struct ovl_tree *tree)

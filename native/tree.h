@@ -166,6 +166,10 @@ ovl_err_t ovl_tree_set_attr(struct ovl_tree *tree, uint64_t nodeid, const struct
 ovl_err_t ovl_tree_ref(struct ovl_tree *tree, uint64_t nodeid);
 /* `*gone`: the inode is known no longer, or never was. */
 void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, bool *gone);
+/* The same, but what has to be closed, which may take seconds, is added to `*later`: the caller's, for ovl_tree_close. */
+struct kept;
+void ovl_tree_forget_later(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, struct kept **later);
+void ovl_tree_close(struct kept *later);
 
 /* Gives memory back to the system after much was forgotten.  May take milliseconds. */
 void ovl_tree_trim(struct ovl_tree *tree);

@@ -365,9 +365,11 @@ class Tree:
                 if parent.children is not None:
                     parent.children.put(name, None)
             inode.names.clear()
-            if len(parents) != 1:
+            if not parents:
                 return
-            inode = parents[0]
+            inode, *others = parents
+            for parent in others:
+                self._drop_if_unused(parent)
 
     def list(self, nodeid: NodeId, after: int, most: int = 1 << 30) -> list[tuple[int, Name, NodeId]]:
         """Up to `most` (cookie, name, nodeid) of a directory whose cookie is above `after`, in cookie order."""

@@ -38,12 +38,12 @@ def test_answers_are_recorded_only_between_start_and_stop(layer: DirLayer) -> No
 
         def wait() -> list[tuple[int, int, int, int, int, int, int, int, bool, bytes]]:
             found: list[tuple[int, int, int, int, int, int, int, int, bool, bytes]] = []
-            while not found:  # the record comes after the reply
+            while not found:
                 found += trace.drain()[0]
             return found
 
         look(b"motd")
-        while LOOKUP not in trace.latencies():  # it is counted after the reply, and recorded then, if at all
+        while LOOKUP not in trace.latencies():
             pass
         assert trace.drain() == ([], 0)
         trace.start(16)

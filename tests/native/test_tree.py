@@ -582,6 +582,27 @@ def test_forget_of_a_directory_drops_what_only_a_list_knew(make: Make, directori
     check(tree)
 
 
+def test_forget_of_a_hard_link_drops_the_directories_of_all_its_names(make: Make) -> None:
+    layer = tar_layer(
+        ("a", None),
+        ("a/f", b""),
+        ("b", None),
+        hard_link("b/f", "a/f"),
+        ("c", None),
+        ("c/d", None),
+        hard_link("c/d/f", "a/f"),
+    )
+    tree = make(None, layer)
+    directories = [at(tree, path) for path in ("a", "b", "c", "c/d")]
+    (file,) = {at(tree, path) for path in ("a/f", "b/f", "c/d/f")}
+    for nodeid in (*directories, file):
+        tree.ref(nodeid)
+    assert not any(tree.forget(nodeid, 1) for nodeid in directories)
+    assert tree.forget(file, 1)
+    assert [inode.nodeid for inode in tree] == [ROOT_NODEID]
+    check(tree)
+
+
 def test_inode_of_a_dropped_nodeid_is_estale(make: Make, directories: Directories) -> None:
     """What the C tree gives is a view, and says so; the root is never dropped."""
     tree = make(None, directories.make({"a": b""}))

@@ -81,6 +81,22 @@ static void forgets_a_directory_with_its_last_child(void)
 	remove_name(OVL_ROOT_NODEID, "d");
 }
 
+/* Whoever forgets holds another lock, and closes when that is given back, too. */
+static void forgets_now_and_closes_later(void)
+{
+	uint64_t one = add(OVL_ROOT_NODEID, "f", S_IFREG | 0644, 106), two = add(OVL_ROOT_NODEID, "g", S_IFREG | 0644, 107);
+	struct kept *later = NULL;
+
+	remove_name(OVL_ROOT_NODEID, "f");
+	remove_name(OVL_ROOT_NODEID, "g");
+	ovl_tree_forget_later(tree, one, 1, &later);
+	ovl_tree_forget_later(tree, two, 1, &later);
+	ovl_tree_forget_later(tree, two, 1, &later); /* it is not known any more */
+	require(count == 2 && ovl_tree_count(tree) == 1, "both are dropped, and open");
+	ovl_tree_close(later);
+	require(count == 0, "both are closed");
+}
+
 static void forgets_what_was_removed(void)
 {
 	uint64_t file = add(OVL_ROOT_NODEID, "f", S_IFREG | 0644, 102);
@@ -127,6 +143,7 @@ int main(int argc, char **argv)
 	require(ovl_tree_new(&stack, &root, &tree) == 0, "no tree");
 	forgets_a_directory_with_its_last_child();
 	forgets_what_was_removed();
+	forgets_now_and_closes_later();
 	drops_what_nobody_holds(false);
 	drops_what_nobody_holds(true);
 	require(ovl_tree_check(tree, &what) == 0 && ovl_tree_count(tree) == 1, "the root is left");
