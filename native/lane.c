@@ -52,7 +52,7 @@
 #define STOP_SECONDS 5
 #define WAKE_SIGNAL (SIGRTMAX - 1) /* ends a read(2); nothing else is done with it */
 #define WAKE_EVERY_NS 5000000L
-#define LEADERS_MAX 8
+#define LEADERS_MAX 8u
 #define URING_OPEN 1
 #define LINGER_NS 30000L /* how long to look for the next request before waiting for it */
 #define LINGER_MISSES 6u
@@ -1152,18 +1152,29 @@ static void destroy(struct ovl_lane *lane)
 	free(lane);
 }
 
-/* May this process run on more than one CPU? */
-static bool may_linger(void)
+/* On how many CPUs may this process run? */
+static size_t usable_cpus(void)
 {
+	long online = sysconf(_SC_NPROCESSORS_ONLN);
 	cpu_set_t cpus;
 
-	return sched_getaffinity(0, sizeof(cpus), &cpus) == 0 && CPU_COUNT(&cpus) > 1;
+	if (sched_getaffinity(0, sizeof(cpus), &cpus) == 0)
+		return (size_t)CPU_COUNT(&cpus);
+	return online > 0 ? (size_t)online : 1; /* EINVAL: more than cpu_set_t holds */
+}
+
+/* With one CPU one; else two at least: one can look for the next request (linger) while the other answers. */
+static size_t most_leaders(size_t cpus)
+{
+	size_t half = cpus / 2;
+
+	return cpus <= 1 ? 1 : half < 2 ? 2 : half < LEADERS_MAX ? half : LEADERS_MAX;
 }
 
 ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *config)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
-	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	size_t cpus = usable_cpus();
 	struct ovl_lane *lane = calloc(1, sizeof(*lane));
 	ovl_err_t err;
 	int flags;
@@ -1191,13 +1202,11 @@ ovl_err_t ovl_lane_new(struct ovl_lane **out, const struct ovl_lane_config *conf
 	pthread_cond_init(&lane->noted, NULL);
 	pthread_cond_init(&lane->lead, NULL);
 	pthread_cond_init(&lane->decided, NULL);
-	lane->may_linger = may_linger();
+	lane->may_linger = cpus > 1;
 	atomic_flag_clear(&lane->lingering);
 	lane->wants_uring = config->io_uring;
 	lane->uring_state = config->io_uring ? URING_OPEN : -EOPNOTSUPP;
-	lane->leaders_max = cpus > 2 ? (size_t)cpus / 2 : 1;
-	if (lane->leaders_max > LEADERS_MAX)
-		lane->leaders_max = LEADERS_MAX;
+	lane->leaders_max = most_leaders(cpus);
 
 	err = -EINVAL;
 	if (lane->dev_fd < 0 || lane->session_fd < 0 || lane->max_write % page || lane->max_write < page ||

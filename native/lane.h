@@ -50,11 +50,10 @@
  * Process death: the kernel closes the device, which aborts the connection; nothing here keeps it open.
  * ENOENT from read or write: the request was interrupted; the other side needs no answer.
  *
- * Threads.  One reader at a time leads: it reads a request, answers it, and reads the next, with no other thread to be
+ * Threads.  A reader that leads reads a request, answers it, and reads the next, with no other thread to be
  * woken in between.  Before it does what may wait (for the disk, for room in the socket), it gives the lead to another
- * (ovl_lane_yield), which is started if there is none; then it follows.  So one that waits stops nobody else, and who does
- * not wait pays for one thread only.  On machines with more CPUs several lead.  Cloned descriptors (FUSE_DEV_IOC_CLONE)
- * would spare leaders the queue's lock, and need every reply to go back where its request came from.
+ * (ovl_lane_yield), which is started if there is none; then it follows.  So one that waits stops nobody else.  With one CPU
+ * one leads, with more two, or half as many; README.md has what that gains, and that cloned descriptors gain nothing.
  *
  * With io_uring most requests come to the threads of uring.h instead, which dispatch them as a reader does; what is asked
  * for there is answered there (`put_for`).  /dev/fuse keeps its reader for the rest.

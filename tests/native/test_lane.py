@@ -177,20 +177,20 @@ def test_batch_forget_is_cut_into_messages_that_fit(bench: Bench, number: int) -
     pairs = [(index + 1, index % 7 + 1) for index in range(number)]
     body = struct.pack("=II", number, 0) + b"".join(struct.pack("=QQ", *pair) for pair in pairs)
     bench.kernel.send(request(BATCH_FORGET, 14, body))
-    bench.kernel.send(request(LOOKUP, 16, b"after\0"))
 
     got: list[tuple[int, int]] = []
-    while True:
+    while len(got) < number:
         message = bench.session.recv(1 << 20)
         length, opcode, *_ = IN.unpack_from(message)
-        assert length == len(message) <= 73728
-        if opcode == LOOKUP:
-            break
+        assert (length, opcode) == (len(message), BATCH_FORGET)
+        assert length <= 73728
         (count, _) = struct.unpack_from("=II", message, IN.size)
         got += struct.iter_unpack("=QQ", message[IN.size + 8 :])
         assert len(message) == IN.size + 8 + 16 * count
 
     assert got == pairs
+    bench.kernel.send(request(LOOKUP, 16, b"after\0"))
+    assert IN.unpack_from(bench.session.recv(1 << 20))[1] == LOOKUP
 
 
 def test_batch_forget_that_promises_more_than_it_has_is_cut_to_what_is_there(bench: Bench) -> None:
