@@ -177,10 +177,12 @@ static enum ovl_lane_verdict answer_lookup(struct ovl_lane_ask *ask)
 
 /* ---- forgetting --------------------------------------------------------------------------------------- */
 
+#define CLOSE_LONG (4u << 20) /* freed within a millisecond or so */
+
 /* After the gate: to close what leads to a removed file frees its data, which may take seconds. */
 static void close_forgotten(struct ovl_lane_ask *ask, struct kept *later)
 {
-	if (later)
+	if (ovl_tree_bytes(later) > CLOSE_LONG)
 		ovl_lane_yield(ask->answer->reader);
 	ovl_tree_close(later);
 }

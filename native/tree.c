@@ -547,7 +547,17 @@ static void put_orphan_off(struct ovl_tree *tree, struct node *node)
 		node->u.extra->kept = NULL;
 	set_flag(node, NODE_KEPT | NODE_LIVE, false);
 	kept->next = tree->dropped;
+	kept->bytes = node->attr.size;
 	tree->dropped = kept;
+}
+
+uint64_t ovl_tree_bytes(const struct kept *later)
+{
+	uint64_t bytes = 0;
+
+	for (; later; later = later->next)
+		bytes += later->bytes;
+	return bytes;
 }
 
 void ovl_tree_close(struct kept *later)

@@ -170,6 +170,7 @@ void ovl_tree_forget(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, b
 struct kept;
 void ovl_tree_forget_later(struct ovl_tree *tree, uint64_t nodeid, uint64_t nlookup, struct kept **later);
 void ovl_tree_close(struct kept *later);
+uint64_t ovl_tree_bytes(const struct kept *later); /* how much data goes with it */
 
 /* Gives memory back to the system after much was forgotten.  May take milliseconds. */
 void ovl_tree_trim(struct ovl_tree *tree);

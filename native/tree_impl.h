@@ -62,6 +62,7 @@ struct kept {
 	int live;             /* borrowed from who has set it (NODE_LIVE) */
 	uint64_t last_parent; /* nodeid; 0: none */
 	struct kept *next;    /* once its node is dropped: in tree->dropped */
+	uint64_t bytes;       /* then: of the data that goes with it */
 };
 
 /* What few nodes have: a source for the data apart from that for the metadata, more than one name. */
