@@ -609,6 +609,28 @@ static void enqueue(struct ovl_lane_reader *reader, const struct fuse_in_header 
 	pthread_mutex_unlock(&lane->lock);
 }
 
+#define SMALL_BYTES 240u
+
+/* In one piece, and within a page, if it is small: the kernel pins each piece anew (fs/fuse/dev.c: fuse_copy_fill()). */
+static void put_answer(struct ovl_lane *lane, const struct fuse_out_header *header, const struct ovl_lane_answer *answer)
+{
+	_Alignas(256) unsigned char small[sizeof(*header) + SMALL_BYTES];
+	struct iovec parts[2] = {
+		{.iov_base = (void *)(uintptr_t)header, .iov_len = sizeof(*header)}, /* writev does not write to it */
+		{.iov_base = answer->body, .iov_len = answer->size},
+	};
+
+	static_assert(sizeof(small) == 256, "within a page");
+	if (answer->size > SMALL_BYTES) {
+		put_reply(lane, header->unique, parts, 2);
+		return;
+	}
+	memcpy(small, header, sizeof(*header));
+	memcpy(small + sizeof(*header), answer->body, answer->size);
+	parts[0] = (struct iovec){.iov_base = small, .iov_len = header->len};
+	put_reply(lane, header->unique, parts, 1);
+}
+
 /* False: the request, which may have changed, has to be handed on. */
 static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 {
@@ -616,7 +638,6 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 	struct ovl_lane_answer answer = {.body = reader->answer, .reader = reader};
 	struct fuse_in_header request;
 	struct fuse_out_header header;
-	struct iovec parts[2];
 	enum ovl_lane_verdict verdict;
 	uint64_t began_ns = ovl_lane_trace_began(lane->trace);
 
@@ -633,11 +654,9 @@ static bool answer_natively(struct ovl_lane_reader *reader, size_t size)
 			.error = -answer.error,
 			.unique = request.unique,
 		};
-		parts[0] = (struct iovec){.iov_base = &header, .iov_len = sizeof(header)};
-		parts[1] = (struct iovec){.iov_base = answer.body, .iov_len = answer.size};
 		if (answer.changed)
 			ovl_gate_barrier(lane->native.gate);
-		put_reply(lane, request.unique, parts, answer.size ? 2 : 1);
+		put_answer(lane, &header, &answer);
 	}
 	if (answer.looking)
 		ovl_gate_looked(lane->native.gate);
