@@ -20,6 +20,9 @@
  *   3. While Python has a RENAME, no layer is asked from here (a path could lead elsewhere): ovl_gate_look says so.
  *      Handing a RENAME over waits for those who look already.
  *
+ * Filling the page cache at a first open (lane_file.c) changes nothing, but is a change by these rules: nobody else may change
+ * what it stores.
+ *
  * Lock order: change, then order, then count.  None is held while Python runs, nor while waiting for a client; `order`
  * is held over a write to /dev/fuse, which waits for nobody.
  */

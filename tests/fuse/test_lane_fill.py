@@ -1,11 +1,13 @@
 """A small file of a layer is in the page cache when its first open returns (native/lane_file.c: filling)."""
 
+import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_overlay import Run, docker_archive
 from test_lane_messages import counted, pinned
 from test_lane_native import Mount, mounted_by
 
@@ -79,6 +81,21 @@ def test_hole_and_what_was_copied_up_without_its_data(mount: Mount) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     upper = mount.base / "upper/f20000"
     assert upper.stat().st_blocks == 0
+
+
+def test_files_of_a_saved_image(ovlfs: Run, scratch: Path) -> None:
+    """A layer that is a piece of a file is read, and filled, like a directory."""
+    members = [(f"f{size}", content(size)) for size in SIZES]
+    image, mnt = docker_archive(scratch / "image.tar", members), scratch / "mnt"
+    mnt.mkdir()
+    ovlfs("mount", "--ephemeral", image, mnt)
+    for size in SIZES:
+        with pinned(mnt / f"f{size}"):
+            assert read(mnt / f"f{size}") == content(size)
+    operations = json.loads(ovlfs("stats", mnt, "--json").stdout)["operations"]
+    ovlfs("umount", mnt)
+    assert operations["OPEN"]["native"] == len(SIZES)
+    assert "READ" not in operations
 
 
 def test_pages_that_were_dropped_are_read_again(mount: Mount) -> None:
